@@ -1,0 +1,95 @@
+// The extension module `livrec_fast._C`. Importing it registers the C++ kernels with torch (each
+// `<op>_torch.cpp` does so in a static initialiser); what the module itself offers is the choice of the
+// instruction-set level.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "isa.h"
+
+namespace livrec {
+namespace {
+
+const char* const kNames[] = {"baseline", "avx2", "avx512"};
+
+int find_level(const char* name) {
+  for (int level = 0; level < 3; ++level)
+    if (std::strcmp(name, kNames[level]) == 0) return level;
+  return -1;
+}
+
+Isa initial_isa() {
+  const char* wanted = std::getenv("LIVREC_CPU_ISA");
+  const int level = wanted == nullptr ? -1 : find_level(wanted);
+  const int best = static_cast<int>(best_isa());
+  return static_cast<Isa>(level >= 0 && level < best ? level : best);
+}
+
+std::atomic<Isa>& isa_in_use() {
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa current_isa() { return isa_in_use().load(std::memory_order_relaxed); }
+void set_isa(Isa isa) { isa_in_use().store(isa, std::memory_order_relaxed); }
+
+}  // namespace livrec
+
+namespace {
+
+PyObject* get_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(livrec::kNames[static_cast<int>(livrec::current_isa())]);
+}
+
+PyObject* isa_levels(PyObject*, PyObject*) {
+  const int count = static_cast<int>(livrec::best_isa()) + 1;
+  PyObject* names = PyTuple_New(count);
+  for (int level = 0; names != nullptr && level < count; ++level)
+    PyTuple_SetItem(names, level, PyUnicode_FromString(livrec::kNames[level]));
+  return names;
+}
+
+PyObject* set_isa(PyObject*, PyObject* argument) {
+  PyObject* bytes = PyUnicode_AsUTF8String(argument);
+  if (bytes == nullptr) return nullptr;
+  const int level = livrec::find_level(PyBytes_AsString(bytes));
+  Py_DECREF(bytes);
+  if (level < 0 || level > static_cast<int>(livrec::best_isa())) {
+    PyErr_Format(PyExc_ValueError, "isa: %R is not one of the levels this processor runs (_C.isa_levels())",
+                 argument);
+    return nullptr;
+  }
+  livrec::set_isa(static_cast<livrec::Isa>(level));
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"isa", get_isa, METH_NOARGS, "The instruction-set level in use."},
+    {"isa_levels", isa_levels, METH_NOARGS, "The levels this processor can run, slowest first."},
+    {"set_isa", set_isa, METH_O, "Use this level from now on."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of livrec_fast.", -1, methods,
+                      nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

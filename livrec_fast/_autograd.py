@@ -1,0 +1,162 @@
+"""Gradients of an operator: how torch is told of them, and recomputation by the reference.
+
+The gradient of `livrec::<op>.<backend>` is an operator too, `livrec::<op>_backward.<backend>`, so that
+`torch.compile` sees one opaque node and C++ can implement it. Its arguments are the gradients of the
+outputs, the op's own arguments, its outputs, and for each input tensor whether its gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+class _Slot:
+    """Stands where a tensor was taken out of an argument list."""
+
+
+def _is_slot(arg: Any) -> bool:
+    return isinstance(arg, (Tensor, _Slot))
+
+
+def tensors_of(args: Sequence[Any]) -> list[Any]:
+    """Return the tensors among operator arguments, lists opened, in order."""
+    lists = [arg if isinstance(arg, (list, tuple)) else [arg] for arg in args]
+    return [item for items in lists for item in items if _is_slot(item)]
+
+
+def with_tensors(args: Sequence[Any], tensors: Iterable[Any]) -> list[Any]:
+    """Return `args` with their tensors replaced, in order, by `tensors`."""
+    supply = iter(tensors)
+
+    def replace(arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [replace(item) for item in arg]
+        return next(supply) if _is_slot(arg) else arg
+
+    return [replace(arg) for arg in args]
+
+
+@contextmanager
+def plain_torch(device: torch.device) -> Iterator[None]:
+    """Compute as written: no autocast, and autograd alive even inside an operator's implementation.
+
+    Below the autograd dispatch key torch records nothing, and a recomputed graph would silently have
+    zero gradients; so the keys that were excluded on the way in are allowed again.
+    """
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with (
+        torch._C._ForceDispatchKeyGuard(included, excluded),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
+def recompute_backward(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """Make a backward of `function`: run it again and differentiate it with torch's autograd."""
+
+    def backward(
+        grads: Sequence[Tensor | None], *args: Any, outputs: Any, needs: Sequence[bool]
+    ) -> list[Tensor]:
+        given = tensors_of(args)
+        with plain_torch(given[0].device), torch.enable_grad():
+            leaves = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
+            results = function(*with_tensors(args, leaves))
+            results = [results] if isinstance(results, Tensor) else results
+            used = [
+                (result, grad)
+                for result, grad in zip(results, grads, strict=True)
+                if grad is not None and result.requires_grad
+            ]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            if not used:
+                return [torch.zeros_like(leaf) for leaf in wanted]
+            found = torch.autograd.grad(
+                [result for result, _ in used],
+                wanted,
+                [grad for _, grad in used],
+                materialize_grads=True,
+            )
+        owned = {t.untyped_storage().data_ptr() for t in (*given, *tensors_of(grads))}
+        return [
+            grad.clone() if grad.untyped_storage().data_ptr() in owned else grad.contiguous()
+            for grad in found
+        ]
+
+    return backward
+
+
+def register_gradient(
+    library: torch.library.Library,
+    name: str,
+    backend: str,
+    inputs: str,
+    backward: Callable[..., list[Tensor]] | None,
+) -> None:
+    """Define `livrec::<name>_backward.<backend>` and make it the gradient of `livrec::<name>.<backend>`.
+
+    inputs: the op's argument list as its schema writes it. backward: None where C++ implements it.
+    """
+    qualified = f"{name}_backward.{backend}"
+    library.define(
+        f"{qualified}(Tensor?[] grads, {inputs}, Tensor[] outputs, bool[] needs) -> Tensor[]",
+        tags=_TAGS,
+    )
+    if backward is not None:
+
+        def run(grads: Any, *rest: Any) -> list[Tensor]:
+            *args, outputs, needs = rest
+            return backward(grads, *args, outputs=outputs, needs=needs)
+
+        library.impl(qualified, run, "CompositeExplicitAutograd")
+
+    def fake(grads: Any, *rest: Any) -> list[Tensor]:
+        *args, _, needs = rest
+        return [t.new_empty(t.shape) for t, need in zip(tensors_of(args), needs, strict=True) if need]
+
+    def refuse_twice(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{name} can be differentiated once: its gradient has no gradient")
+
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        args = with_tensors(ctx.args, tensors)
+        needs = _per_tensor(ctx.args, ctx.needs_input_grad)
+        operator = getattr(getattr(torch.ops.livrec, f"{name}_backward"), backend)
+        found = iter(operator(list(grads), *args, list(tensors), needs))
+        filled = with_tensors(ctx.args, [next(found) if need else None for need in needs])
+        return tuple(
+            grad if tensors_of([arg]) else None for arg, grad in zip(ctx.args, filled, strict=True)
+        )
+
+    torch.library.register_fake(f"livrec::{qualified}", fake, lib=library)
+    torch.library.register_autograd(
+        f"livrec::{qualified}", refuse_twice, setup_context=lambda *args, **kwargs: None, lib=library
+    )
+    torch.library.register_autograd(
+        f"livrec::{name}.{backend}", gradient, setup_context=_save, lib=library
+    )
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    given = tensors_of(inputs)
+    ctx.save_for_backward(*given, *([output] if isinstance(output, Tensor) else output))
+    ctx.args = with_tensors(inputs, [_Slot()] * len(given))
+
+
+def _per_tensor(args: Sequence[Any], per_argument: Sequence[Any]) -> list[bool]:
+    """Spread what torch says per argument (a list for a list, or one word for it) over the tensors."""
+    spread: list[bool] = []
+    for arg, value in zip(args, per_argument, strict=True):
+        count = len(tensors_of([arg]))
+        spread.extend(value if isinstance(value, (list, tuple)) and count else [value] * count)
+    return spread

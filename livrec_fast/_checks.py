@@ -1,0 +1,98 @@
+"""Argument checks shared by the ops. Each message names the argument, its value and the limit.
+
+Wrong types and dtypes raise TypeError, wrong shapes and offsets ValueError, ids out of range IndexError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tensor(name: str, value: Any, shape: Sequence[int | str], dtypes: Sequence[torch.dtype]) -> None:
+    """Check that `value` is a tensor of this shape and one of these dtypes.
+
+    shape: an int where the size is fixed, a name where it is free, such as ("M", 256).
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype)[6:] for dtype in dtypes)
+        raise TypeError(f"{name}: dtype must be one of {allowed}, got {str(value.dtype)[6:]}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name}: shape must be [{wanted}], got {list(value.shape)}")
+
+
+def check_same(what: str, **tensors: Tensor | None) -> None:
+    """Check that all given tensors share their `what`: "device" or "dtype"."""
+    given = {name: getattr(t, what) for name, t in tensors.items() if t is not None}
+    first_name, first = next(iter(given.items()))
+    for name, value in given.items():
+        if value != first:
+            error = ValueError if what == "device" else TypeError
+            raise error(f"{name}: {what} must be that of {first_name}, {first}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Check that `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_levels(levels: Sequence[int], depth: int | None = None) -> list[int]:
+    """Check codebook sizes (N_1, ..., N_L), each at least 1, and return them as a list."""
+    sizes = list(levels)
+    if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"levels: must be one or more positive ints, got {levels!r}")
+    if depth is not None and len(sizes) != depth:
+        raise ValueError(f"levels: must have one size per column of codes, {depth}, got {len(sizes)}")
+    return sizes
+
+
+def check_offsets(offsets: Tensor, total: int, name: str = "offsets") -> None:
+    """Check the contents of jagged offsets: first 0, never decreasing, last `total`."""
+    if offsets.numel() == 0:
+        raise ValueError(f"{name}: must have at least one element, got none")
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        raise ValueError(f"{name}: the first must be 0, got {first}")
+    falls = (offsets.diff() < 0).nonzero()
+    if len(falls):
+        at = int(falls[0])
+        raise ValueError(
+            f"{name}: must not decrease, got {name}[{at}] = {int(offsets[at])} and "
+            f"{name}[{at + 1}] = {int(offsets[at + 1])}"
+        )
+    if last != total:
+        raise ValueError(f"{name}: the last must be the number of rows, {total}, got {last}")
+
+
+def check_codes(codes: Tensor, sizes: Sequence[int], name: str = "codes", least: int = 0) -> None:
+    """Check that column l of `codes` lies in [least, sizes[l])."""
+    if codes.numel() == 0:
+        return
+    for column, size in enumerate(sizes):
+        values = codes[:, column]
+        bad = ((values < least) | (values.long() >= size)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise IndexError(
+                f"{name}: {name}[{row}, {column}] = {int(values[row])} is outside [{least}, {size})"
+            )
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Check that no row of `value` has a NaN or an infinity."""
+    bad = (~value.isfinite()).flatten(1).any(1).nonzero() if value.numel() else []
+    if len(bad):
+        raise ValueError(f"{name}: row {int(bad[0])} is not finite")

@@ -1,0 +1,209 @@
+"""How an op finds its kernel.
+
+Every op is one torch operator per backend, `livrec::<op>.<backend>`, all of one schema: the reference
+and the Triton launchers are registered from Python, the C++ kernels from their own library under the
+same name. A call tries the backends in order and takes the first that has no reason against it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._autograd import plain_torch, recompute_backward, register_gradient, tensors_of
+
+_LIBRARY = torch.library.Library("livrec", "FRAGMENT")
+_FORCED = os.environ.get("LIVREC_BACKEND", "auto")
+_explaining: ContextVar[bool] = ContextVar("livrec_explaining", default=False)
+
+OPS: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """The named backend cannot run these arguments; the message says why, backend by backend."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op.
+
+    refuse: of the operator's arguments, a constant text that says what speaks against it, or None.
+    run: a Python function of the operator's arguments, or None where C++ registers it.
+    backward: `(grads, *args, outputs=, needs=)` returns the gradients of those input tensors whose
+        `needs` is true; None where C++ registers it; "reference" recomputes by the reference.
+    """
+
+    name: str
+    refuse: Callable[..., str | None]
+    run: Callable[..., Any] | None = None
+    backward: Callable[..., list[Tensor]] | Literal["reference"] | None = "reference"
+
+
+class Op:
+    """A public op: its schema, its fake, its gradients and its backends in order of preference."""
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        check_values: Callable[..., None] = lambda *args: None,
+        backends: Sequence[Backend] = (),
+        differentiable: bool = True,
+        autocast: Sequence[str] = (),
+    ):
+        """Register the op's operators; the reference becomes the last backend.
+
+        schema: torch's schema without the name, such as "(Tensor x, int k) -> Tensor".
+        check_values: raises on bad contents (ids, offsets): looked at before the reference runs, and to
+            name the culprit when a kernel has stopped. Shapes and dtypes are the public function's duty.
+        autocast: names of the arguments cast to autocast's dtype where it is on; others stay as given.
+        """
+        self.name, self.check_values, self.differentiable = name, check_values, differentiable
+        self.schema = torch._C.parse_schema(f"{name}{schema}")
+        self._lower = [argument.name in autocast for argument in self.schema.arguments]
+
+        def run_reference(*args: Any) -> Any:
+            check_values(*args)
+            with plain_torch(tensors_of(args)[0].device), torch.no_grad():
+                return reference(*args)
+
+        recompute = recompute_backward(reference)
+        self.backends = (*backends, Backend("reference", lambda *args: None, run_reference))
+        inputs = schema.split(") ->")[0].strip()[1:]
+        for backend in self.backends:
+            qualified = f"{name}.{backend.name}"
+            _LIBRARY.define(f"{qualified}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            if backend.run is not None:
+                _LIBRARY.impl(qualified, backend.run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"livrec::{qualified}", fake, lib=_LIBRARY)
+            if differentiable:
+                backward = recompute if backend.backward == "reference" else backend.backward
+                register_gradient(_LIBRARY, name, backend.name, inputs, backward)
+        OPS[name] = self
+
+    def operator(self, backend: str) -> Any:
+        """Return torch's operator of one backend, `torch.ops.livrec.<op>.<backend>`."""
+        return getattr(getattr(torch.ops.livrec, self.name), backend)
+
+    def reasons(self, *args: Any) -> dict[str, str | None]:
+        """Return what speaks against each backend (None: nothing), in order of preference."""
+        return {backend.name: backend.refuse(*args) for backend in self.backends}
+
+    def __call__(self, *args: Any, backend: str = "auto") -> Any:
+        """Run on the operator's arguments, whose shapes and dtypes have been checked."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _explaining.get():
+            raise _Explained(_table(self, args))
+        args = self._cast(args)
+        operator = self.operator(self._choose(args, backend))
+        if compiling:
+            return operator(*args)
+        try:
+            return operator(*args)
+        except RuntimeError:
+            self.check_values(*args)  # a kernel stops in few words: this names the culprit
+            raise
+
+    def _choose(self, args: Sequence[Any], wanted: str) -> str:
+        wanted = _FORCED if wanted == "auto" else wanted
+        chosen = None
+        for backend in self.backends:
+            if wanted in ("auto", backend.name) and backend.refuse(*args) is None:
+                chosen = backend.name
+                break
+        if chosen is None:
+            raise BackendError(f"backend: {wanted!r} cannot run this.\n{_table(self, args)}")
+        if chosen == "reference" and wanted == "auto" and not torch.compiler.is_compiling():
+            _warn_once_if_not_compiled()
+        return chosen
+
+    def _cast(self, args: Sequence[Any]) -> Sequence[Any]:
+        device = tensors_of(args)[0].device.type
+        if not any(self._lower) or not torch.is_autocast_enabled(device):
+            return args
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(arg: Any) -> Any:
+            if isinstance(arg, (list, tuple)):
+                return [cast(item) for item in arg]
+            may = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+            return arg.to(dtype) if may else arg
+
+        return [cast(arg) if lower else arg for arg, lower in zip(args, self._lower, strict=True)]
+
+
+def refuse_native(tensor: Tensor) -> str | None:
+    """Say why a C++ CPU kernel cannot take `tensor`, or None."""
+    if _native.MISSING is not None:
+        return _native.MISSING
+    return None if tensor.device.type == "cpu" else "runs on CPU tensors only"
+
+
+def refuse_triton(tensor: Tensor) -> str | None:
+    """Say why a Triton kernel cannot take `tensor`, or None. Its interpreter runs on CPU tensors."""
+    if tensor.device.type == "cuda":
+        return None
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else "runs on CUDA tensors only"
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Return, backend by backend, what would run `op(*args, **kwargs)` and what speaks against each.
+
+    Example: `print(livrec_fast.explain(livrec_fast.residual_kmeans_encode, x, codebooks))`.
+    """
+    token = _explaining.set(True)
+    try:
+        op(*args, **kwargs)
+    except _Explained as explained:
+        return explained.table
+    finally:
+        _explaining.reset(token)
+    raise TypeError(f"op: {op!r} is not an op of livrec_fast")
+
+
+class _Explained(Exception):
+    def __init__(self, table: str):
+        super().__init__(table)
+        self.table = table
+
+
+def _table(op: Op, args: Sequence[Any]) -> str:
+    """Write the backends of `op`, in order, with the reasons against them and what they were given."""
+    reasons = op.reasons(*args)
+    first = next((name for name, reason in reasons.items() if reason is None), None)
+    lines = [f"{op.name}({', '.join(_describe(a, v) for a, v in zip(op.schema.arguments, args))})"]
+    for name, reason in reasons.items():
+        verdict = reason or ("chosen by auto" if name == first else "could run it")
+        lines.append(f"  {name:<10} {verdict}")
+    return "\n".join(lines)
+
+
+def _describe(argument: Any, value: Any) -> str:
+    def one(item: Any) -> str:
+        if isinstance(item, Tensor):
+            return f"{str(item.dtype)[6:]}{list(item.shape)} on {item.device}"
+        return repr(item)
+
+    listed = isinstance(value, (list, tuple))
+    return f"{argument.name}=" + (f"[{', '.join(map(one, value))}]" if listed else one(value))
+
+
+_warned = False
+
+
+def _warn_once_if_not_compiled() -> None:
+    global _warned
+    if _native.MISSING is not None and not _warned:
+        _warned = True
+        warnings.warn(f"livrec_fast computes by its reference: {_native.MISSING}", stacklevel=4)

@@ -1,0 +1,1 @@
+"""livrec_fast.modules"""

@@ -1,0 +1,145 @@
+"""Residual k-means: vectors to semantic codes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATS, INTEGERS, check_codes, check_finite, check_same, check_tensor
+from .._dispatch import Backend, Op, refuse_native, refuse_triton
+from ..reference import residual_kmeans as reference
+
+_HALVES_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _triton(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
+    from ..kernels import residual_kmeans as kernel
+
+    return kernel.residual_kmeans_encode(x, codebooks)
+
+
+def _refuse_triton(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
+    if x.dtype == torch.float64:
+        return "computes in float32; x is float64"
+    if x.shape[1] > 512:
+        return "keeps residuals in registers: D must be at most 512"
+    return refuse_triton(x)
+
+
+def _refuse_native(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
+    if x.dtype == torch.float64:
+        return "computes in float32; x is float64"
+    return refuse_native(x)
+
+
+_encode = Op(
+    "residual_kmeans_encode",
+    "(Tensor x, Tensor[] codebooks) -> Tensor",
+    fake=lambda x, codebooks: x.new_empty(
+        (x.shape[0], len(codebooks)), dtype=reference.code_dtype(max(len(c) for c in codebooks))
+    ),
+    reference=reference.residual_kmeans_encode,
+    check_values=lambda x, codebooks: check_finite("x", x),
+    backends=(Backend("triton", _refuse_triton, _triton), Backend("native", _refuse_native)),
+    differentiable=False,
+)
+
+_decode = Op(
+    "residual_kmeans_decode",
+    "(Tensor codes, Tensor[] codebooks) -> Tensor",
+    fake=lambda codes, codebooks: codebooks[0].new_empty((codes.shape[0], codebooks[0].shape[1])),
+    reference=reference.residual_kmeans_decode,
+    check_values=lambda codes, codebooks: check_codes(codes, [len(c) for c in codebooks]),
+)
+
+
+def _check_codebooks(codebooks: Sequence[Tensor], dim: int | str) -> list[Tensor]:
+    books = list(codebooks)
+    if not books:
+        raise ValueError("codebooks: at least one level is needed, got none")
+    for level, book in enumerate(books):
+        check_tensor(f"codebooks[{level}]", book, ("N", dim), FLOATS)
+        if not 1 <= book.shape[0] <= 65536:
+            raise ValueError(f"codebooks[{level}]: N must be 1 to 65536, got {book.shape[0]}")
+    check_same("dtype", **{f"codebooks[{level}]": book for level, book in enumerate(books)})
+    return books
+
+
+def residual_kmeans_encode(x: Tensor, codebooks: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    r"""Quantise each row by its nearest codeword, then the rest by the next codebook, and so on.
+
+    $c_l = \arg\min_j \|r_{l-1} - C_l[j]\|^2,\quad r_l = r_{l-1} - C_l[c_l],\quad r_0 = x$.
+
+    In PyTorch, per level::
+
+        code = torch.cdist(residual, codebook).argmin(1)
+        residual = residual - codebook[code]
+
+    Args:
+        x: [M, D] float32, float16, bfloat16 or float64; rows may be strided.
+        codebooks: L tensors [N_l, D], 1 <= N_l <= 65,536, of one dtype; sizes may differ.
+        backend: "auto", "triton", "native" or "reference".
+
+    Returns:
+        codes [M, L]: uint8 where every N_l <= 256, else int16 where every N_l <= 32,768, else int32.
+        M = 0 gives [0, L].
+
+    Ties go to the lowest code. Numerics: float16 and bfloat16 are widened to float32. At each level the
+    code equals float64's wherever the best two values of r.c - |c|^2/2 differ by more than
+    8 (D + 1) eps (|r| max|c| + max|c|^2), eps = 2^-23; elsewhere it is one whose value is that near the
+    best. Codes are the same for any thread count and any batch. Autocast leaves the inputs as they are.
+    Workspace: two float32 copies of the codebooks, and O(D) per thread; x is read once. Not
+    differentiable.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, no codebook, N_l out of range, or a
+        row of x that is not finite or too large for float32 distances (on a CPU; on a GPU such a row
+        gets codes in range that mean nothing, as telling would stall the stream).
+        BackendError: the named backend cannot run this.
+
+    Source: FLUID, section 3.2 and LARM, equations 3-4 (residual k-means codes of live slices).
+
+    Example:
+        >>> codes = residual_kmeans_encode(x, [coarse, fine])  # [M, 2]
+    """
+    check_tensor("x", x, ("M", "D"), FLOATS)
+    if x.shape[1] < 1:
+        raise ValueError(f"x: D must be at least 1, got shape {list(x.shape)}")
+    books = _check_codebooks(codebooks, x.shape[1])
+    check_same("device", x=x, **{f"codebooks[{level}]": book for level, book in enumerate(books)})
+    return _encode(x, books, backend=backend)
+
+
+def residual_kmeans_decode(
+    codes: Tensor, codebooks: Sequence[Tensor], *, backend: str = "auto"
+) -> Tensor:
+    r"""Sum the codewords that codes stand for: $x_i = \sum_l C_l[c_{il}]$.
+
+    In PyTorch::
+
+        sum(codebook[code.long()] for codebook, code in zip(codebooks, codes.T))
+
+    Args:
+        codes: [M, L] integers, column l in [0, N_l).
+        codebooks: L tensors [N_l, D] of one floating dtype, which the result has too.
+        backend: "auto" or "reference".
+
+    Returns:
+        [M, D]; M = 0 gives [0, D]. Differentiable in the codebooks. Workspace: O(M L D).
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape. IndexError: a code out of range.
+
+    Source: FLUID, section 3.2 and LARM, equations 3-4.
+
+    Example:
+        >>> approximation = residual_kmeans_decode(codes, [coarse, fine])  # [M, D]
+    """
+    books = _check_codebooks(codebooks, "D")
+    for level, book in enumerate(books):
+        check_tensor(f"codebooks[{level}]", book, ("N", books[0].shape[1]), FLOATS)
+    check_tensor("codes", codes, ("M", len(books)), INTEGERS)
+    check_same("device", codes=codes, **{f"codebooks[{level}]": b for level, b in enumerate(books)})
+    return _decode(codes, books, backend=backend)

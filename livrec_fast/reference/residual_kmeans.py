@@ -1,0 +1,103 @@
+"""Residual k-means, as the formula has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._oracle import Oracle, randn
+
+
+def code_dtype(most_codewords: int) -> torch.dtype:
+    """Return the smallest of uint8, int16 and int32 that holds the codes 0 .. most_codewords - 1."""
+    if most_codewords <= 256:
+        return torch.uint8
+    return torch.int16 if most_codewords <= 32768 else torch.int32
+
+
+def residual_kmeans_encode(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
+    """c_l = argmin_j |r_(l-1) - C_l[j]|^2, lowest j on ties;  r_l = r_(l-1) - C_l[c_l];  r_0 = x.
+
+    |r - c|^2 = |r|^2 - 2 (r.c - |c|^2 / 2), and |r|^2 is the same for every j: the greatest bracket wins.
+    float16 and bfloat16 are computed in float32, as half precision cannot tell codewords apart.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    residual = x.to(wide)
+    codes = []
+    for codebook in (codebook.to(wide) for codebook in codebooks):
+        score = residual @ codebook.T - codebook.square().sum(1) / 2
+        code = score.argmax(1)
+        residual = residual - codebook[code]
+        codes.append(code)
+    return torch.stack(codes, 1).to(code_dtype(max(len(codebook) for codebook in codebooks)))
+
+
+def residual_kmeans_decode(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
+    """x = sum_l C_l[c_l]."""
+    chosen = [codebook[code.long()] for codebook, code in zip(codebooks, codes.T, strict=True)]
+    return torch.stack(chosen).sum(0)
+
+
+def rounding_bound(residual: Tensor, codebook: Tensor) -> Tensor:
+    """Bound, per row, the float32 error of r.c - |c|^2 / 2 over all codewords c.
+
+    A sum of n products in any order errs by at most n * eps * sum |products|; here n = D + 1.
+    The residual itself has been rounded once per level, which the factor 4 pays for.
+    """
+    eps = torch.finfo(torch.float32).eps
+    longest = codebook.norm(dim=1).max()
+    return 4 * (residual.shape[1] + 1) * eps * (residual.norm(dim=1) * longest + longest.square())
+
+
+def agree(codes: Tensor, inputs: dict[str, Any]) -> None:
+    """Hold codes to the exactness rule, level by level, along the path that they took themselves.
+
+    Equal to float64's argmin wherever the best two scores differ by more than the rounding bound;
+    elsewhere the chosen score is within the bound of the best.
+    """
+    codebooks = [codebook.double() for codebook in inputs["codebooks"]]
+    assert codes.dtype == code_dtype(max(len(codebook) for codebook in codebooks)), codes.dtype
+    residual = inputs["x"].double()
+    for level, (codebook, code) in enumerate(zip(codebooks, codes.long().T, strict=True)):
+        assert ((code >= 0) & (code < len(codebook))).all(), f"level {level}: a code is out of range"
+        score = residual @ codebook.T - codebook.square().sum(1) / 2
+        best, bound = score.max(1).values, 2 * rounding_bound(residual, codebook)
+        short = best - score.gather(1, code[:, None])[:, 0]
+        worst = int((short - bound).argmax()) if len(short) else 0
+        assert (short <= bound).all(), (
+            f"level {level}, row {worst}: code {code[worst]} scores {short[worst]:.3g} less than the best; "
+            f"rounding explains {bound[worst]:.3g}"
+        )
+        residual = residual - codebook[code]
+
+
+def make_inputs(
+    generator: torch.Generator, dtype: torch.dtype, *, M: int, D: int, L: int, N: int
+) -> dict[str, Any]:
+    """Draw rows around the codewords, with level l's codebook a little smaller than level l - 1's."""
+    sizes = [max(1, N - 3 * level) for level in range(L)]
+    books = [randn(generator, dtype, n, D) / 2**level for level, n in enumerate(sizes)]
+    return {"x": randn(generator, dtype, M, D), "codebooks": books}
+
+
+def make_decode_inputs(generator: torch.Generator, dtype: torch.dtype, **sizes: int) -> dict[str, Any]:
+    """Draw codes and codebooks."""
+    codebooks = make_inputs(generator, dtype, **sizes)["codebooks"]
+    columns = [torch.randint(len(book), (sizes["M"],), generator=generator) for book in codebooks]
+    return {"codes": torch.stack(columns, 1).to(torch.int16), "codebooks": codebooks}
+
+
+_SIZES = {"M": (0, 70), "D": (1, 40), "L": (1, 4), "N": (1, 80)}
+_CASES = {
+    "typical": {"M": 300, "D": 32, "L": 3, "N": 40},
+    "no rows": {"M": 0, "D": 8, "L": 2, "N": 4},
+    "one of each": {"M": 1, "D": 1, "L": 1, "N": 1},
+    "wide codes": {"M": 40, "D": 16, "L": 2, "N": 300},
+}
+ORACLES = {
+    "residual_kmeans_encode": Oracle(residual_kmeans_encode, make_inputs, _SIZES, _CASES, agree=agree),
+    "residual_kmeans_decode": Oracle(residual_kmeans_decode, make_decode_inputs, _SIZES, _CASES),
+}
