@@ -1,26 +1,37 @@
 """Builds livrec_fast: `pip install --no-build-isolation .` with torch already installed.
 
-The package installs without a compiler, too: it then computes by the readable reference and says so.
-Environment: CXX picks the compiler, LIVREC_REQUIRE_NATIVE=1 makes a failed build an error,
-LIVREC_CUDA=0|1 leaves out or demands the CUDA part, TORCH_CUDA_ARCH_LIST picks its targets.
+The package installs without a compiler, too: it then computes by its reference and says so.
+Environment: CXX picks the compiler, MAX_JOBS how many run at once, LIVREC_REQUIRE_NATIVE=1 makes a
+failed build an error, LIVREC_CUDA=0|1 leaves out or demands the CUDA part, TORCH_CUDA_ARCH_LIST
+picks its targets.
 """
 
 import os
 import platform
+import re
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 TARGET = "0x020b000000000000"  # torch 2.11: the oldest torch that one build serves
+CUDA_ARCHS = "8.0+PTX;9.0a"  # PTX of 8.0 runs on whatever comes later, PTX of 9.0a on nothing else
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
-               "-mprefer-vector-width=512"],
-}  # fmt: skip
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+OBJECT_FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *("-Wall", "-Wextra"),
+]
 
 try:
     import torch
@@ -32,76 +43,102 @@ except ImportError:
         "    pip install --no-build-isolation ."
     )
 
+if "CXX" not in os.environ and shutil.which("c++") is None:
+    os.environ["CXX"] = "g++"  # torch's own default is c++
+
 
 def isa_levels():
-    """The levels to compile: all three on x86-64, the plain one elsewhere."""
+    """Return the levels to compile: all three on x86-64, the plain one elsewhere."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return ISA_FLAGS if on_x86 else {"baseline": []}
 
 
 def wants_cuda():
-    """Whether the CUDA part is built: a CUDA torch, an nvcc, and a source."""
+    """Return whether the CUDA part is built: a CUDA torch, an nvcc, and a source."""
     chosen = os.environ.get("LIVREC_CUDA")
-    if chosen is not None:
-        return chosen != "0"
-    return bool(torch.version.cuda and cpp_extension.CUDA_HOME and list(CSRC.glob("*_cuda.cu")))
+    able = bool(torch.version.cuda and cpp_extension.CUDA_HOME)
+    if chosen == "1" and not able:
+        sys.exit("LIVREC_CUDA=1 needs a torch built with CUDA, and nvcc on PATH or in CUDA_HOME")
+    return able and chosen != "0" and (chosen == "1" or any(CSRC.glob("*_cuda.cu")))
+
+
+def is_fresh(output):
+    """Return whether an object is newer than this file and all that the compiler read for it."""
+    listed = output.with_suffix(".d")
+    if not (output.exists() and listed.exists()):
+        return False
+    names = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    inputs = [Path(__file__), *map(Path, names)]
+    newest = max((p.stat().st_mtime if p.exists() else float("inf")) for p in inputs)
+    return output.stat().st_mtime > newest
 
 
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's BuildExtension, plus one object per CPU kernel and instruction-set level."""
 
     def run(self):
+        """Build; where that fails, install what is written in Python and say what is missing."""
+        if self.editable_mode:  # pip gives a new folder each time; with the old objects it is fast
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         try:
             super().run()
-        except Exception as error:  # noqa: BLE001 - every way a compiler can fail or be missing
+        except Exception as error:  # every way a compiler can fail or be missing
             if os.environ.get("LIVREC_REQUIRE_NATIVE") == "1":
                 raise
-            self.extensions = []  # nothing was built: install what is written in Python
-            print(
-                "\nlivrec_fast: the compiled kernels were NOT built"
-                f" ({type(error).__name__}: {str(error).splitlines()[0][:200]}).\n"
-                "The package works through its reference implementations. To mend: install a C++17"
-                " compiler, then\n    pip install --no-build-isolation --force-reinstall --no-deps .\n",
-                file=sys.stderr,
-            )
+            self._go_on_without(error)
+
+    def _go_on_without(self, error):
+        self.extensions = self.distribution.ext_modules = []
+        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None:  # the wheel holds Python alone: let its name say so
+            wheel.root_is_pure, wheel.py_limited_api = True, False
+        cause = (str(error).splitlines() or [""])[0][:200]
+        print(
+            f"\nlivrec_fast: the compiled kernels were NOT built: {type(error).__name__}: {cause}\n"
+            "The package works through its reference implementations. To mend: install a C++17\n"
+            "compiler (LIVREC_CUDA=0 leaves out what needs nvcc), then\n"
+            "    pip install --no-build-isolation --force-reinstall --no-deps .\n",
+            file=sys.stderr,
+        )
 
     def build_extension(self, ext):
-        ext.extra_objects = ext.extra_objects + self._isa_objects()
+        """Compile the objects of every level, then the extension that holds them."""
+        ext.extra_objects = [*ext.extra_objects, *self._isa_objects()]
         super().build_extension(ext)
 
     def _isa_objects(self):
-        objects = []
-        for level, flags in isa_levels().items():
+        compiler = [*os.environ.get("CXX", "c++").split(), "-MMD", "-c"]
+        objects, commands = [], []
+        for level, level_flags in isa_levels().items():
+            flags = [*OBJECT_FLAGS, f"-DLIVREC_ISA={level}", *level_flags]
             for source in sorted(CSRC.glob("*_cpu.cpp")):
                 output = Path(self.build_temp) / level / f"{source.stem}.o"
                 output.parent.mkdir(parents=True, exist_ok=True)
-                newest = max(p.stat().st_mtime for p in [source, *CSRC.glob("*.h"), Path(__file__)])
-                if not output.exists() or output.stat().st_mtime < newest:
-                    compiler = os.environ.get("CXX", "c++").split()
-                    self.spawn(
-                        [*compiler, "-c", str(source), "-o", str(output), "-std=c++17", "-O3", "-fPIC",
-                         "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra",
-                         f"-DLIVREC_ISA={level}", *flags]
-                    )  # fmt: skip
                 objects.append(str(output))
+                if not is_fresh(output):
+                    commands.append([*compiler, str(source), "-o", str(output), *flags])
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(self.spawn, commands))
         return objects
 
 
 def extension():
-    """`livrec_fast._C`: the module, and each op's glue to torch."""
+    """Return `livrec_fast._C`: the module, and each op's glue to torch."""
     sources = [CSRC / "module.cpp", *sorted(CSRC.glob("*_torch.cpp"))]
     macros = [("TORCH_TARGET_VERSION", TARGET)]
-    flags = {"cxx": ["-O3", "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]}
     make = cpp_extension.CppExtension
     if wants_cuda():
         make = cpp_extension.CUDAExtension
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         sources += [*sorted(CSRC.glob("*_cuda.cpp")), *sorted(CSRC.glob("*_cuda.cu"))]
-        macros += [("USE_CUDA", None), ("LIVREC_WITH_CUDA", None)]
-        flags["nvcc"] = ["-O3", "--use_fast_math=false", "-Xcompiler=-fvisibility=hidden"]
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+        names = "+".join(f"sm_{arch.replace('.', '')}" for arch in re.findall(r"[\d.]+a?", archs))
+        macros += [("USE_CUDA", None), ("LIVREC_WITH_CUDA", None), ("LIVREC_CUDA_ARCHS", names)]
+        flags["nvcc"] = ["-O3", "-Xcompiler=-fvisibility=hidden"]
     return make(
         name="livrec_fast._C",
         sources=[str(path.relative_to(ROOT)) for path in sources],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(CSRC.iterdir())],
         include_dirs=[str(CSRC)],
         define_macros=macros,
         extra_compile_args=flags,
@@ -110,6 +147,8 @@ def extension():
 
 
 setup(
+    packages=[*find_packages(include=["livrec_fast", "livrec_fast.*"]), "livrec_fast.kernels"],
+    package_dir={"livrec_fast": "livrec_fast", "livrec_fast.kernels": "kernels"},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -14,6 +14,11 @@ namespace livrec {
 namespace {
 
 const char* const kNames[] = {"baseline", "avx2", "avx512"};
+#if defined(__x86_64__)
+constexpr int kBuilt = 3;
+#else
+constexpr int kBuilt = 1;
+#endif
 
 int find_level(const char* name) {
   for (int level = 0; level < 3; ++level)
@@ -59,12 +64,17 @@ PyObject* get_isa(PyObject*, PyObject*) {
   return PyUnicode_FromString(livrec::kNames[static_cast<int>(livrec::current_isa())]);
 }
 
-PyObject* isa_levels(PyObject*, PyObject*) {
-  const int count = static_cast<int>(livrec::best_isa()) + 1;
+PyObject* names_of_first(int count) {
   PyObject* names = PyTuple_New(count);
   for (int level = 0; names != nullptr && level < count; ++level)
     PyTuple_SetItem(names, level, PyUnicode_FromString(livrec::kNames[level]));
   return names;
+}
+
+PyObject* isa_built(PyObject*, PyObject*) { return names_of_first(livrec::kBuilt); }
+
+PyObject* isa_levels(PyObject*, PyObject*) {
+  return names_of_first(static_cast<int>(livrec::best_isa()) + 1);
 }
 
 PyObject* set_isa(PyObject*, PyObject* argument) {
@@ -81,10 +91,22 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
   Py_RETURN_NONE;
 }
 
+#if defined(LIVREC_CUDA_ARCHS)
+#define LIVREC_QUOTE_(...) #__VA_ARGS__
+#define LIVREC_QUOTE(...) LIVREC_QUOTE_(__VA_ARGS__)
+PyObject* cuda_archs(PyObject*, PyObject*) {
+  return PyUnicode_FromString(LIVREC_QUOTE(LIVREC_CUDA_ARCHS));
+}
+#endif
+
 PyMethodDef methods[] = {
     {"isa", get_isa, METH_NOARGS, "The instruction-set level in use."},
+    {"isa_built", isa_built, METH_NOARGS, "The levels this library was built for, slowest first."},
     {"isa_levels", isa_levels, METH_NOARGS, "The levels this processor can run, slowest first."},
     {"set_isa", set_isa, METH_O, "Use this level from now on."},
+#if defined(LIVREC_CUDA_ARCHS)
+    {"cuda_archs", cuda_archs, METH_NOARGS, "The GPU targets that this build holds, as \"sm_80+sm_90a\"."},
+#endif
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of livrec_fast.", -1, methods,

@@ -1,7 +1,32 @@
 """Fast kernels for live-streaming recommendation, with readable references and honest benchmarks."""
 
 from ._dispatch import BackendError, explain
+from .modules.prefix_ngram import PrefixNgramEmbedding
+from .modules.residual_kmeans import ResidualKMeans
+from .ops.code_attention import code_attention
+from .ops.contrastive import in_batch_contrastive
+from .ops.history_search import history_search, history_search_codes
+from .ops.majority_vote import majority_vote
+from .ops.pack_codes import pack_codes, unpack_codes
+from .ops.prefix_ngram import prefix_ngram_lookup
 from .ops.residual_kmeans import residual_kmeans_decode, residual_kmeans_encode
+from .ops.target_attention import target_attention
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "explain", "residual_kmeans_decode", "residual_kmeans_encode"]
+__all__ = [
+    "BackendError",
+    "PrefixNgramEmbedding",
+    "ResidualKMeans",
+    "code_attention",
+    "explain",
+    "history_search",
+    "history_search_codes",
+    "in_batch_contrastive",
+    "majority_vote",
+    "pack_codes",
+    "prefix_ngram_lookup",
+    "residual_kmeans_decode",
+    "residual_kmeans_encode",
+    "target_attention",
+    "unpack_codes",
+]

@@ -87,13 +87,23 @@ def recompute_backward(function: Callable[..., Any]) -> Callable[..., list[Tenso
                 [grad for _, grad in used],
                 materialize_grads=True,
             )
-        owned = {t.untyped_storage().data_ptr() for t in (*given, *tensors_of(grads))}
-        return [
-            grad.clone() if grad.untyped_storage().data_ptr() in owned else grad.contiguous()
-            for grad in found
-        ]
+        return _unshared(found, (*given, *tensors_of(grads)))
 
     return backward
+
+
+def _unshared(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Copy what shares memory with `others`, or is part of more (as a slice is), or came twice."""
+    taken = {other.untyped_storage().data_ptr() for other in others}
+    kept = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in taken
+        taken.add(storage.data_ptr())
+        kept.append(
+            tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+        )
+    return kept
 
 
 def register_gradient(

@@ -43,17 +43,44 @@ def check_same(what: str, **tensors: Tensor | None) -> None:
             raise error(f"{name}: {what} must be that of {first_name}, {first}, got {value}")
 
 
+def check_one_dtype(**tensors: Tensor | None) -> None:
+    """Check that all given tensors share a dtype, except where autocast is about to give them one."""
+    given = [tensor for tensor in tensors.values() if tensor is not None]
+    if not autocast_is_on(given[0].device.type) or any(t.dtype == torch.float64 for t in given):
+        check_same("dtype", **tensors)
+
+
+def autocast_is_on(device: str) -> bool:
+    """Tell whether autocast casts on this type of device; there are some, such as meta, without it."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Check that `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_levels(levels: Sequence[int], depth: int | None = None) -> list[int]:
-    """Check codebook sizes (N_1, ..., N_L), each at least 1, and return them as a list."""
+def named_items(name: str, value: Any) -> dict[str, Any]:
+    """Check that `value` is a list of one item or more, and return its items by name."""
+    if not isinstance(value, (list, tuple, torch.nn.ParameterList)):
+        raise TypeError(f"{name}: must be a list of tensors, got {type(value).__name__}")
+    if not len(value):
+        raise ValueError(f"{name}: at least one tensor is needed, got none")
+    return {f"{name}[{at}]": item for at, item in enumerate(value)}
+
+
+def check_levels(
+    levels: Sequence[int], depth: int | None = None, most: int = 2**63 - 1
+) -> list[int]:
+    """Check codebook sizes (N_1, ..., N_L), each 1 to `most`, and return them as a list."""
+    if not isinstance(levels, (list, tuple)) or any(not isinstance(n, int) for n in levels):
+        raise TypeError(f"levels: must be a list or tuple of ints, got {levels!r}")
     sizes = list(levels)
-    if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
+    if not sizes or min(sizes) < 1:
         raise ValueError(f"levels: must be one or more positive ints, got {levels!r}")
+    if max(sizes) > most:
+        raise ValueError(f"levels: each must be at most {most:,}, got {levels!r}")
     if depth is not None and len(sizes) != depth:
         raise ValueError(f"levels: must have one size per column of codes, {depth}, got {len(sizes)}")
     return sizes
@@ -82,8 +109,8 @@ def check_codes(codes: Tensor, sizes: Sequence[int], name: str = "codes", least:
     if codes.numel() == 0:
         return
     for column, size in enumerate(sizes):
-        values = codes[:, column]
-        bad = ((values < least) | (values.long() >= size)).nonzero()
+        values = codes[:, column].long()  # uint8 compares wrongly with a least of -1
+        bad = ((values < least) | (values >= size)).nonzero()
         if len(bad):
             row = int(bad[0])
             raise IndexError(

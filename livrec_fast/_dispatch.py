@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,10 +20,14 @@ from torch import Tensor
 
 from . import _native
 from ._autograd import plain_torch, recompute_backward, register_gradient, tensors_of
+from ._checks import autocast_is_on
 
 _LIBRARY = torch.library.Library("livrec", "FRAGMENT")
 _FORCED = os.environ.get("LIVREC_BACKEND", "auto")
-_explaining: ContextVar[bool] = ContextVar("livrec_explaining", default=False)
+if _FORCED not in (_NAMES := ("auto", "cuda", "triton", "native", "reference")):
+    raise ValueError(f"LIVREC_BACKEND: must be one of {', '.join(_NAMES)}, got {_FORCED!r}")
+_instead: ContextVar[Callable[[Op, Sequence[Any]], Any] | None]
+_instead = ContextVar("livrec_instead", default=None)
 
 OPS: dict[str, Op] = {}
 
@@ -71,7 +76,7 @@ class Op:
         """
         self.name, self.check_values, self.differentiable = name, check_values, differentiable
         self.schema = torch._C.parse_schema(f"{name}{schema}")
-        self._lower = [argument.name in autocast for argument in self.schema.arguments]
+        self.lower = [argument.name in autocast for argument in self.schema.arguments]
 
         def run_reference(*args: Any) -> Any:
             check_values(*args)
@@ -103,8 +108,9 @@ class Op:
     def __call__(self, *args: Any, backend: str = "auto") -> Any:
         """Run on the operator's arguments, whose shapes and dtypes have been checked."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and _explaining.get():
-            raise _Explained(_table(self, args))
+        instead = None if compiling else _instead.get()
+        if instead is not None:
+            return instead(self, args)
         args = self._cast(args)
         operator = self.operator(self._choose(args, backend))
         if compiling:
@@ -130,7 +136,7 @@ class Op:
 
     def _cast(self, args: Sequence[Any]) -> Sequence[Any]:
         device = tensors_of(args)[0].device.type
-        if not any(self._lower) or not torch.is_autocast_enabled(device):
+        if not any(self.lower) or not autocast_is_on(device):
             return args
         dtype = torch.get_autocast_dtype(device)
 
@@ -140,7 +146,7 @@ class Op:
             may = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
             return arg.to(dtype) if may else arg
 
-        return [cast(arg) if lower else arg for arg, lower in zip(args, self._lower, strict=True)]
+        return [cast(arg) if lower else arg for arg, lower in zip(args, self.lower, strict=True)]
 
 
 def refuse_native(tensor: Tensor) -> str | None:
@@ -162,14 +168,26 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     Example: `print(livrec_fast.explain(livrec_fast.residual_kmeans_encode, x, codebooks))`.
     """
-    token = _explaining.set(True)
+
+    def stop(called: Op, operator_args: Sequence[Any]) -> None:
+        raise _Explained(_table(called, operator_args))
+
     try:
-        op(*args, **kwargs)
+        with intercepted(stop):
+            op(*args, **kwargs)
     except _Explained as explained:
         return explained.table
-    finally:
-        _explaining.reset(token)
     raise TypeError(f"op: {op!r} is not an op of livrec_fast")
+
+
+@contextmanager
+def intercepted(instead: Callable[[Op, Sequence[Any]], Any]) -> Iterator[None]:
+    """Inside the block, ops called eagerly return `instead(op, operator arguments)`."""
+    token = _instead.set(instead)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 class _Explained(Exception):

@@ -6,6 +6,8 @@ torch. Everything here works, and says what is missing, when there is no compile
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -23,6 +25,13 @@ except ImportError as error:
     else:
         MISSING = f"the compiled library does not load: {error} (to mend: {MEND})"
 
+_FORCED = os.environ.get("LIVREC_CPU_ISA")
+if _C is not None and _FORCED is not None and _FORCED not in _C.isa_levels():
+    raise ValueError(
+        f"LIVREC_CPU_ISA: must be one of {', '.join(_C.isa_levels())}, the levels that this processor "
+        f"runs, got {_FORCED!r}"
+    )
+
 WITH_CUDA = _C is not None and hasattr(_C, "cuda_archs")
 
 
@@ -36,8 +45,13 @@ def isa_levels() -> tuple[str, ...]:
     return () if _C is None else _C.isa_levels()
 
 
+def isa_built() -> tuple[str, ...]:
+    """Return the levels that this build has, slowest first."""
+    return () if _C is None else _C.isa_built()
+
+
 @contextmanager
-def use_isa(level: str):
+def use_isa(level: str) -> Iterator[None]:
     """Compute with `level` inside the block (for tests and benchmarks; not per thread)."""
     if _C is None:
         raise RuntimeError(MISSING)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._oracle import Oracle, randn
@@ -37,7 +38,8 @@ def residual_kmeans_encode(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
 
 def residual_kmeans_decode(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     """x = sum_l C_l[c_l]."""
-    chosen = [codebook[code.long()] for codebook, code in zip(codebooks, codes.T, strict=True)]
+    pairs = zip(codes.long().T, codebooks, strict=True)
+    chosen = [F.embedding(code, codebook) for code, codebook in pairs]
     return torch.stack(chosen).sum(0)
 
 

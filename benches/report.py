@@ -1,0 +1,167 @@
+"""Tables and pictures of benches/results/*.json: `python benches/report.py [--into README.md]`.
+
+Writes out/bench/report.md, and per machine and op a bar plot, PNG and SVG. With --into, the tables
+take the place of what stands between the markers in that file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from livrec_fast.benchmarking import floor_ms
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+COLUMNS = ("op", "case", "contestant", "p50 ms (p20 to p80)", "of floor", "GB/s", "TFLOP/s",
+           "extra MB", "time, ours = 1")  # fmt: skip
+COLOURS = {"ours": "#1b6ca8", "reference": "#9aa5b1", "peer": "#d9a441"}
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--results", type=_FOLDER, default=ROOT / "benches/results", help="Folder to read.")
+@click.option("--out", type=_FOLDER, default=ROOT / "out/bench", help="Folder to write.")
+@click.option("--into", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help=f"File whose text between {BEGIN} and {END} becomes the table.")  # fmt: skip
+def main(results: Path, out: Path, into: Path | None) -> None:
+    """Write the report of all results."""
+    files = sorted(results.glob("*.json"))
+    if not files:
+        raise click.UsageError(f"--results: no *.json in {results}")
+    out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for file in files:
+        held = json.loads(file.read_text())
+        sections.append(section(held["machine"], held["rows"]))
+        for op, cases in grouped(held["rows"]).items():
+            for suffix in ("png", "svg"):
+                plot(op, cases, held["machine"], out / f"{file.stem}-{op}.{suffix}")
+    text = "\n".join(sections)
+    (out / "report.md").write_text(text)
+    if into is not None:
+        into.write_text(replaced(into.read_text(), text))
+    click.echo(f"written: {out}")
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Return the rows by op, then by case."""
+    ops: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        case = f"{row['label']}, {row['dtype']}"
+        case += "" if row["direction"] == "forward" else f", {row['direction']}"
+        ops[row["op"]][case].append(row)
+    return ops
+
+
+def section(machine: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Write one machine's Markdown: what it is, then a table of all its cases."""
+    lines = [f"**{machine['device']}**: {', '.join(facts(machine, rows))}.", ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    for op, cases in grouped(rows).items():
+        for case, members in cases.items():
+            lines += [f"| {cells} |" for cells in table_lines(op, case, members, machine)]
+    reasons = sorted({f"{row['contestant']}: {row['reason']}" for row in rows if "reason" in row})
+    lines += ["", *(f"- absent: {reason}" for reason in reasons), ""]
+    return "\n".join(lines)
+
+
+def facts(machine: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:
+    """Say what the numbers depend on."""
+    if not str(machine["cuda"] or ""):
+        yield f"{machine['threads']} threads, {machine['isa'] or 'no compiled library'}"
+    yield f"torch {machine['torch']}, triton {machine['triton']}"
+    for name, value in machine.items():
+        if name == "copy_gb_s":
+            yield f"copies {value:.3g} GB/s"
+        elif name.startswith("matmul_"):
+            yield f"multiplies {value:.3g} TFLOP/s in {name.split('_')[1]}"
+    commits = sorted({row["commit"] or "unknown" for row in rows})
+    yield f"commit {', '.join(commits)}"
+
+
+def table_lines(
+    op: str, case: str, members: Sequence[Row], machine: dict[str, Any]
+) -> Iterator[str]:
+    """Yield the cells of one case's rows; the first of ours is what ratios are taken to."""
+    best = first_of_ours(members)
+    for number, row in enumerate(members):
+        head = [f"`{op}`", case] if number == 0 else ["", ""]
+        if "p50_ms" not in row:
+            yield " | ".join([*head, row["contestant"], "absent", "", "", "", "", ""])
+            continue
+        extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}"
+        yield " | ".join([
+            *head, row["contestant"],
+            f"{row['p50_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})",
+            f"{floor_ms(row, machine) / row['p50_ms']:.0%}",
+            f"{row['gb_s']:.3g}", f"{row['tflop_s']:.3g}", extra,
+            f"{row['p50_ms'] / best['p50_ms']:.2f}" if best else "",
+        ])  # fmt: skip
+
+
+def first_of_ours(members: Sequence[Row]) -> Row | None:
+    """Return the row that stands for the library, the first of ours that ran."""
+    return next((r for r in members if r["kind"] == "ours" and "p50_ms" in r), None)
+
+
+def replaced(text: str, table: str) -> str:
+    """Put `table` between the markers of `text`."""
+    if BEGIN not in text or END not in text:
+        raise click.UsageError(f"--into: the file needs a line {BEGIN} and a line {END}")
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n\n{table}\n{END}{rest.split(END, 1)[1]}"
+
+
+def plot(op: str, cases: dict[str, list[Row]], machine: dict[str, Any], path: Path) -> None:
+    """Draw one op: a panel per case, a bar per contestant, whiskers from p20 to p80."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ran = {case: [r for r in rows if "p50_ms" in r] for case, rows in cases.items()}
+    ran = {case: rows for case, rows in ran.items() if rows}
+    heights = [len(rows) + 1.5 for rows in ran.values()]
+    figure, axes = pyplot.subplots(
+        len(ran), 1, figsize=(8, 0.32 * sum(heights) + 0.8), squeeze=False, layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
+    for axis, (case, rows) in zip(axes[:, 0], ran.items(), strict=True):
+        panel(axis, case, rows, machine)
+    figure.suptitle(f"{op} on {machine['device']}", fontsize=11)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def panel(axis: Any, case: str, rows: Sequence[Row], machine: dict[str, Any]) -> None:
+    """Draw one case."""
+    best = first_of_ours(rows)
+    middle = [row["p50_ms"] for row in rows]
+    low = [row["p50_ms"] - row["p20_ms"] for row in rows]
+    high = [row["p80_ms"] - row["p50_ms"] for row in rows]
+    colours = [COLOURS[row["kind"]] for row in rows]
+    axis.barh(
+        range(len(rows)), middle, xerr=(low, high), color=colours, ecolor="#333333", capsize=2
+    )
+    edge = 1.02 * max(row["p80_ms"] for row in rows)
+    for y, row in enumerate(rows):
+        times = f" ({row['p50_ms'] / best['p50_ms']:.2f}x)" if best and row is not best else ""
+        axis.text(edge, y, f"{row['p50_ms']:.3g} ms{times}", va="center", fontsize=8)
+    axis.axvline(floor_ms(rows[0], machine), color="#b03a2e", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(rows)), [row["contestant"] for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.3 * edge)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_title(f"{case}   (ms; dashed: the machine's floor)", fontsize=9, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""`livrec-fast bench`: time the ops on this machine against whatever else is installed."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .benchmarking import Disagreement, Machine, Options, Row, find_cases, run_case
+from .benchmarking._results import add, case_of, floor_ms
+
+_HERE = Path(__file__).resolve().parents[1] / "benches"
+
+
+@click.command("bench")
+@click.option("--op", "ops", multiple=True, help="Only this op or file stem; may be repeated.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A look: a tenth of the rows, float32 only, few rounds, no memory.",
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the results."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, not as tables.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of a CPU, for all contestants.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one."
+)
+@click.option("--all-isa", is_flag=True, help="Time the lower instruction-set levels, too.")
+@click.option("--budget", type=float, help="Seconds of timing per case (10; quick: 0.3).")
+@click.option("--benches", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Folder of bench_<stem>.py files (default: the checkout's).")  # fmt: skip
+def command(
+    ops: tuple[str, ...],
+    quick: bool,
+    out: Path | None,
+    as_json: bool,
+    threads: int | None,
+    device: str | None,
+    all_isa: bool,
+    budget: float | None,
+    benches: Path | None,
+) -> None:
+    """Time the ops against their peers, after asserting that all agree with the reference.
+
+    Results go to benches/results/<device>.json, those of --quick to out/bench/results/.
+    """
+    folder = _benches_folder(benches)
+    device = _usable_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    options = Options(device, quick, all_isa)
+    machine = Machine(device)
+    cases = list(find_cases(folder, options, ops))
+    if not cases:
+        raise click.UsageError(
+            f"no case for --op {' '.join(ops)}" if ops else f"no cases in {folder}"
+        )
+    out = out or folder.parent / ("out/bench/results" if quick else "benches/results")
+    console = Console(stderr=True)
+    rows: list[Row] = []
+    try:
+        for case in cases:
+            console.print(f"{case.title} ...", style="dim", highlight=False)
+            rows += run_case(
+                case, machine, budget=budget or (0.3 if quick else 10.0), memory=not quick
+            )
+            path = add(out, machine, rows)
+    except Disagreement as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(rows, indent=1)) if as_json else show(rows, machine, Console())
+    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+def _benches_folder(given: Path | None) -> Path:
+    for folder in (given, _HERE, Path.cwd() / "benches"):
+        if folder is not None and list(folder.glob("bench_*.py")):
+            return folder
+    raise click.UsageError(
+        "the benchmarks are not part of the installed package. Run this in a checkout of the "
+        "repository, or point --benches at its folder benches/"
+    )
+
+
+def _usable_device(device: str | None) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: this torch sees no CUDA device")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def show(rows: Sequence[Row], machine: Machine, console: Console) -> None:
+    """Print a table per op: our time, its share of the floor, others as multiples of it."""
+    rates = ", ".join(f"{name} {value:.3g}" for name, value in machine.measured().items())
+    console.print(f"{machine.name}, {torch.get_num_threads()} threads; {rates}", highlight=False)
+    ops: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        ops[row["op"]].append(row)
+    for op, members in ops.items():
+        console.print(table(op, members, machine.measured()))
+    for name, reason in sorted({(r["contestant"], r["reason"]) for r in rows if "reason" in r}):
+        console.print(f"absent: {name}: {reason}", highlight=False, markup=False)
+
+
+def table(op: str, rows: Sequence[Row], rates: Mapping[str, float]) -> Table:
+    """Make the table of one op, a line per case."""
+    cases: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        cases[case_of(row)].append(row)
+    made = Table("case", "ours", "p50 ms", "of floor", "others take", title=op, show_lines=True)
+    for (_, label, dtype, direction), members in cases.items():
+        best = next((r for r in members if r["kind"] == "ours" and "p50_ms" in r), None)
+        others = "\n".join(
+            f"{ratio(row, best):>7} {row['contestant']}" for row in members if row is not best
+        )
+        case = f"{label}\n{dtype}, {direction}"
+        if best is None:
+            made.add_row(case, "absent", "", "", others)
+        else:
+            share = floor_ms(best, rates) / best["p50_ms"]
+            made.add_row(case, best["contestant"], f"{best['p50_ms']:.3g}", f"{share:.0%}", others)
+    return made
+
+
+def ratio(row: Row, best: Row | None) -> str:
+    """Say how many times the time of `best` a row's contestant takes."""
+    if "p50_ms" not in row:
+        return "absent"
+    return f"{row['p50_ms'] / best['p50_ms']:.2f}x" if best else f"{row['p50_ms']:.3g} ms"

@@ -1,0 +1,119 @@
+"""How one run is timed, how many contestants take turns, and how much memory a run takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Clock = Callable[[Callable[[], Any]], float]
+_SETTLE = 0.01  # seconds; idle OpenMP threads spin for a while, on cores that the next one needs
+
+
+def clock_of(device: str) -> Clock:
+    """Return what times one run on `device`, in seconds."""
+    return cuda_clock() if device == "cuda" else cpu_clock
+
+
+def cpu_clock(run: Callable[[], Any]) -> float:
+    """Time one run once other thread pools sleep; caches stay as the last run left them."""
+    if torch.get_num_threads() > 1:
+        time.sleep(_SETTLE)
+    start = time.perf_counter()
+    output = run()
+    elapsed = time.perf_counter() - start
+    del output  # to free it is not the op's work
+    return elapsed
+
+
+def cuda_clock() -> Clock:
+    """Make a clock of CUDA events that overwrites the L2 cache before each run."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+
+    def clock(run: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        flush.zero_()  # and while it runs, the launches below get ahead of the device
+        start.record()
+        output = run()
+        end.record()
+        end.synchronize()
+        del output
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]],
+    clock: Clock,
+    *,
+    budget: float,
+    least: int = 5,
+    most: int = 200,
+) -> dict[str, list[float]]:
+    """Time all runs once per round, so that whatever disturbs the machine disturbs them alike.
+
+    Rounds go on for `budget` seconds, at least `least` and at most `most` of them, each in an order
+    drawn from a fixed seed, so that nobody always follows the same neighbour.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    shuffle, order = random.Random(0).shuffle, list(runs)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(most):
+            if done >= least and time.perf_counter() - start > budget:
+                break
+            shuffle(order)
+            for name in order:
+                times[name].append(clock(runs[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """Return p20, p50 and p80 of `times`, interpolated linearly."""
+    low, middle, high = np.percentile(np.asarray(times), [20, 50, 80])
+    return float(low), float(middle), float(high)
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: str) -> int | None:
+    """Return how far a run, done before, raises the memory in use: its output and workspace.
+
+    What a library keeps from its first call is not counted. On a CPU it is the resident set, whose
+    peak Linux resets on request; None where that cannot be asked.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        output = run()
+        torch.cuda.synchronize()
+        del output
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc kept would hide what a run takes
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        before = _resident("VmRSS")
+        output = run()
+        peak = _resident("VmHWM")
+    except (OSError, AttributeError):
+        return None
+    del output
+    return max(0, peak - before)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,90 @@
+"""Target attention: candidates attend to their user's own history, of any length."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._checks import FLOATS, check_offsets, check_one_dtype, check_same, check_tensor
+from .._dispatch import Op
+from ..reference import target_attention as reference
+from . import _attention
+
+_op = Op(
+    "target_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? bias, float scale) "
+    "-> (Tensor out, Tensor lse)",
+    fake=lambda q, k, v, offsets, bias, scale: _attention.fake(q, v.shape[2]),
+    reference=reference.target_attention,
+    check_values=lambda q, k, v, offsets, bias, scale: check_offsets(offsets, len(k)),
+    autocast=("q", "k", "v"),
+)
+
+
+def target_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attend from each user's candidates to that user's history, head by head.
+
+    $o_c = \sum_t \mathrm{softmax}_t(s\, \langle q_c, k_t \rangle + b_t)\, v_t$, with $t$ over the
+    user's rows, and $\mathrm{lse}_c = \log \sum_t \exp(s\, \langle q_c, k_t \rangle + b_t)$.
+
+    In PyTorch, per user u, with a bias [T, H]::
+
+        rows = slice(offsets[u], offsets[u + 1])
+        logits = scale * torch.einsum("chd,thd->cht", q[u], k[rows]) + bias[rows].T
+        out[u] = torch.einsum("cht,thv->chv", logits.softmax(2), v[rows])
+
+    Args:
+        q: [B, C, H, d] float32, float16, bfloat16 or float64: C candidates for each of B users.
+        k: [T, H, d], q's dtype: the keys of all histories, one after the other.
+        v: [T, H, dv], q's dtype; dv may differ from d.
+        offsets: int64 [B + 1]; user u has the rows offsets[u] .. offsets[u + 1] - 1.
+        bias: [T] or [T, H], q's dtype or float32, added to the logits of every candidate of the
+            row's user (such as a time gap or a log count). -inf takes the row out.
+        scale: s, a finite float; d ** -0.5 by default.
+        return_lse: return lse too.
+        backend: "auto" or "reference".
+
+    Returns:
+        out [B, C, H, dv] in q's dtype, or (out, lse) with lse [B, C, H] in natural logarithm,
+        float32 (float64 for float64).
+
+    A history with no rows, or with none left by the bias, gives out = 0, lse = -inf and gradients
+    of 0. B, C and T may be 0. Differentiable once, in q, k, v and bias, through out and lse.
+
+    Numerics: logits and softmax are in float32 (float64 for float64) and stable, as the greatest
+    logit is subtracted; weights are rounded to v's dtype before they meet v. NaN and inf in q, k
+    and v spread as in PyTorch. Autocast casts q, k and v, not the bias. The same inputs give the
+    same bits on every run; the reference uses torch's matrix products, whose bits may change with
+    the number of threads. Workspace of the reference: a few float32 arrays of C x H x the longest
+    history; its gradient, of C x H x T. Nothing is padded.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape or device, offsets that do not
+        start at 0, decrease, or do not end at T, or a scale that is not finite.
+        BackendError: the named backend cannot run this.
+
+    Source: Moment&Cross, section 2.4 (target attention over searched behaviours); LARM, equation 5.
+
+    Example:
+        >>> out = target_attention(q, k, v, offsets, bias=-time_gap)  # [B, C, H, dv]
+    """
+    _attention.check_query(q, offsets)
+    check_tensor("k", k, ("T", q.shape[2], q.shape[3]), FLOATS)
+    check_tensor("v", v, (k.shape[0], q.shape[2], "dv"), FLOATS)
+    if v.shape[2] < 1:
+        raise ValueError(f"v: dv must be at least 1, got shape {list(v.shape)}")
+    check_one_dtype(q=q, k=k, v=v)
+    bias = _attention.check_bias(bias, q, k.shape[0])
+    check_same("device", q=q, k=k, v=v, offsets=offsets, bias=bias)
+    scale = _attention.resolve_scale(scale, q)
+    out, lse = _op(q, k, v, offsets, bias, scale, backend=backend)
+    return (out, lse) if return_lse else out

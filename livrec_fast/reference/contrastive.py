@@ -1,0 +1,141 @@
+"""In-batch contrastive loss with masked negatives, as the formula has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._oracle import Oracle, randn
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits and losses: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_batch_contrastive(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    normalize: bool,
+    symmetric: bool,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    false_negative_threshold: float | None,
+    log_q: Tensor | None,
+    valid: Tensor | None,
+    extra_keys: Tensor | None,
+) -> Tensor:
+    """loss_i = logsumexp_j s_ij - s_ii over the unmasked j;  s_ij = <q_i, k_j> / T - log_q_j.
+
+    Vectors are normalised in float32 and rounded once to their dtype; the product is in that dtype
+    and all after it in float32 (float64 throughout for float64). An invalid row is one whose
+    negatives are all masked, so its loss and gradient are 0 by themselves.
+    """
+    wide = wide_dtype(query.dtype)
+    if valid is not None:  # 0 * NaN is NaN: what invalid rows hold must not reach a product
+        query = query.masked_fill(~valid[:, None], 0)
+        key = key.masked_fill(~valid[:, None], 0)
+    masked = negatives_masked(
+        query,
+        0 if extra_keys is None else len(extra_keys),
+        query_ids,
+        key_ids,
+        false_negative_threshold,
+        valid,
+    )
+    keys = key if extra_keys is None else torch.cat([key, extra_keys])
+    if normalize:
+        query = F.normalize(query.to(wide), dim=1).to(query.dtype)
+        keys = F.normalize(keys.to(wide), dim=1).to(keys.dtype)
+    product = (query @ keys.T).to(wide).masked_fill(masked, 0)  # a float16 product may be infinite
+    similarity = product / temperature.to(wide)
+    logits = similarity if log_q is None else similarity - _of_all_keys(log_q, keys, valid).to(wide)
+    loss = _cross_entropy(logits, masked, dim=1)
+    if symmetric:
+        batch = len(query)
+        loss = (loss + _cross_entropy(similarity[:, :batch], masked[:, :batch], dim=0)) / 2
+    return loss
+
+
+def _cross_entropy(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
+    """Return logsumexp - s_ii along `dim`; a softmax over the diagonal alone gives exactly 0."""
+    return 0 - logits.masked_fill(masked, -torch.inf).log_softmax(dim).diagonal()
+
+
+def _of_all_keys(log_q: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+    """Extend log_q with zeros for extra keys that it leaves out, and for invalid rows."""
+    log_q = F.pad(log_q, (0, len(keys) - len(log_q)))
+    if valid is not None:
+        log_q = log_q.masked_fill(F.pad(~valid, (0, len(keys) - len(valid))), 0)
+    return log_q
+
+
+def negatives_masked(
+    query: Tensor,
+    extras: int,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    false_negative_threshold: float | None,
+    valid: Tensor | None,
+) -> Tensor:
+    """Return bool [B, B + E]: which keys are no negatives of which row; never the diagonal."""
+    batch = len(query)
+    pairs = torch.zeros(batch, batch, dtype=torch.bool, device=query.device)
+    if query_ids is not None:
+        pairs = pairs | (query_ids[:, None] == query_ids)
+    if false_negative_threshold is not None:
+        unit = F.normalize(query.detach().to(wide_dtype(query.dtype)), dim=1)
+        similar = unit @ unit.T > false_negative_threshold
+        pairs = pairs | similar | similar.T  # rounding must not drop half of a pair
+    if valid is not None:
+        pairs = pairs | ~valid[:, None] | ~valid
+    masked = F.pad(pairs, (0, extras))
+    if valid is not None:
+        masked = masked | ~valid[:, None]
+    if key_ids is not None:
+        same = key_ids[:batch, None] == key_ids
+        masked = masked | F.pad(same, (0, batch + extras - len(key_ids)))
+    return masked & ~torch.eye(batch, batch + extras, dtype=torch.bool, device=query.device)
+
+
+def make_inputs(
+    generator: torch.Generator, dtype: torch.dtype, *, B: int, D: int, E: int
+) -> dict[str, Any]:
+    """Draw every kind of mask and correction at once, both directions, one loss per row."""
+
+    def ids(count: int) -> Tensor:
+        return torch.randint(2 * B + 1, (count,), generator=generator)
+
+    wide = wide_dtype(dtype)
+    return {
+        "query": randn(generator, dtype, B, D),
+        "key": randn(generator, dtype, B, D),
+        "temperature": torch.tensor(0.07, dtype=wide),
+        "normalize": True,
+        "symmetric": True,
+        "query_ids": ids(B),
+        "key_ids": ids(B + E),
+        "false_negative_threshold": 0.6,
+        "log_q": randn(generator, wide, B + E),
+        "weights": torch.rand(B, generator=generator, dtype=wide),
+        "valid": torch.rand(B, generator=generator) < 0.9,
+        "extra_keys": randn(generator, dtype, E, D),
+        "reduction": "none",
+    }
+
+
+_SIZES = {"B": (0, 70), "D": (1, 40), "E": (0, 20)}
+_CASES = {
+    "typical": {"B": 96, "D": 32, "E": 24},
+    "no rows": {"B": 0, "D": 8, "E": 4},
+    "no rows and no extra keys": {"B": 0, "D": 8, "E": 0},
+    "one row": {"B": 1, "D": 8, "E": 0},
+    "one row with extra keys": {"B": 1, "D": 8, "E": 3},
+    "one dimension": {"B": 5, "D": 1, "E": 2},
+    "no extra keys": {"B": 40, "D": 16, "E": 0},
+}
+ORACLES = {"in_batch_contrastive": Oracle(in_batch_contrastive, make_inputs, _SIZES, _CASES)}

@@ -1,0 +1,94 @@
+"""Target attention over jagged histories, as the formula has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._formula import per_user, wide_dtype
+from ._oracle import Oracle, randn, random_offsets
+
+
+def target_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend from each user's candidates, q [B, C, H, d], to that user's rows of k and v."""
+    if bias is None:
+        bias = k.new_zeros(len(k), 1)
+    elif bias.dim() == 1:
+        bias = bias[:, None]
+    users = zip(q, per_user(k, offsets), per_user(v, offsets), per_user(bias, offsets), strict=True)
+    pairs = [attend(*user, scale) for user in users]
+    heads = q.shape[1:3]
+    no_out = q.new_zeros(0, *heads, v.shape[2])  # B = 0 has no first user to tell the shapes
+    no_lse = q.new_zeros(0, *heads, dtype=wide_dtype(q.dtype))
+    out = torch.cat([no_out, *(out[None] for out, _ in pairs)])
+    return out.contiguous(), torch.cat([no_lse, *(lse[None] for _, lse in pairs)])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Give out = softmax(scale * q k^T + bias) v over one user's history, and lse.
+
+    q [C, H, d], k [t, H, d], v [t, H, dv], bias [t, H or 1] -> out [C, H, dv] and lse [C, H], the
+    log of the softmax's denominator. Logits and softmax are float32 (float64 for float64); the
+    weights meet v in v's dtype. A history with no items, or with none whose bias is above -inf,
+    gives 0 and -inf, with gradients of 0.
+    """
+    wide = wide_dtype(q.dtype)
+    logits = scale * torch.einsum("chd,thd->cht", q.to(wide), k.to(wide)) + bias.to(wide).T
+    empty = (logits == -torch.inf).all(2, keepdim=True)
+    logits = logits.masked_fill(empty, 0)  # softmax of nothing but -inf has NaN gradients
+    weights = logits.softmax(2).masked_fill(empty, 0)
+    lse = logits.logsumexp(2).masked_fill(empty[..., 0], -torch.inf)
+    return torch.einsum("cht,thv->chv", weights.to(v.dtype), v), lse
+
+
+def draw_bias(
+    generator: torch.Generator, dtype: torch.dtype, T: int, H: int, kind: int
+) -> Tensor | None:
+    """Draw no bias (kind 0), one per row (kind 1), or one per row and head (kind 2)."""
+    shape = (None, (T,), (T, H))[kind]
+    return None if shape is None else randn(generator, dtype, *shape)
+
+
+def make_inputs(
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    B: int,
+    C: int,
+    L: int,
+    H: int,
+    d: int,
+    dv: int,
+    bias: int,
+) -> dict[str, Any]:
+    """Draw histories of at most L rows; logits have a standard deviation of about 1.5."""
+    offsets = random_offsets(generator, B, L)
+    T = int(offsets[-1])
+    return {
+        "q": randn(generator, dtype, B, C, H, d),
+        "k": randn(generator, dtype, T, H, d),
+        "v": randn(generator, dtype, T, H, dv),
+        "offsets": offsets,
+        "bias": draw_bias(generator, dtype, T, H, bias),
+        "scale": 1.5 * d**-0.5,
+        "return_lse": True,
+    }
+
+
+_SIZES = {
+    "B": (0, 5), "C": (0, 5), "L": (0, 40), "H": (1, 3), "d": (1, 20), "dv": (1, 20), "bias": (0, 2)
+}  # fmt: skip
+_CASES = {
+    "typical": {"B": 6, "C": 4, "L": 50, "H": 2, "d": 16, "dv": 24, "bias": 2},
+    "no users": {"B": 0, "C": 3, "L": 5, "H": 2, "d": 8, "dv": 8, "bias": 1},
+    "no candidates": {"B": 3, "C": 0, "L": 5, "H": 2, "d": 8, "dv": 8, "bias": 1},
+    "empty histories": {"B": 3, "C": 2, "L": 0, "H": 2, "d": 8, "dv": 8, "bias": 2},
+    "one of each": {"B": 1, "C": 1, "L": 1, "H": 1, "d": 1, "dv": 1, "bias": 0},
+    "long": {"B": 2, "C": 3, "L": 1500, "H": 1, "d": 32, "dv": 32, "bias": 1},
+    "many candidates": {"B": 2, "C": 70, "L": 90, "H": 2, "d": 64, "dv": 64, "bias": 0},
+}
+ORACLES = {"target_attention": Oracle(target_attention, make_inputs, _SIZES, _CASES)}

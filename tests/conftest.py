@@ -1,0 +1,50 @@
+"""Every op, found by itself: a test that asks for `subject` gets each op, `target` its backends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from livrec_fast.testing import subjects, targets
+
+ROOT = Path(__file__).parent.parent
+SUBJECTS = subjects()
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrise by `subject`, its `target` (native per level) or its `backend`, and by `stem`."""
+    asked = metafunc.fixturenames
+    if "target" in asked:
+        pairs = [(s, target) for s in SUBJECTS.values() for target in targets(s)]
+        ids = [f"{subject.op.name}-{str(target).replace(' ', '-')}" for subject, target in pairs]
+        metafunc.parametrize("subject, target", pairs, ids=ids)
+    elif "backend" in asked:
+        pairs = [
+            (subject, backend)
+            for subject in SUBJECTS.values()
+            for backend in dict.fromkeys(target.backend for target in targets(subject))
+        ]
+        ids = [f"{subject.op.name}-{backend}" for subject, backend in pairs]
+        metafunc.parametrize("subject, backend", pairs, ids=ids)
+    elif "subject" in asked:
+        metafunc.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
+    if "stem" in asked:
+        metafunc.parametrize("stem", sorted({subject.stem for subject in SUBJECTS.values()}))
+
+
+@pytest.fixture
+def python():
+    """Run a piece of Python, or Python with arguments, in a fresh interpreter of this checkout."""
+
+    def run(*arguments, path=ROOT, **variables):
+        given = {k: v for k, v in os.environ.items() if not k.startswith("LIVREC_")}
+        given |= {"PYTHONPATH": str(path), **variables}
+        command = [sys.executable, *(["-c"] if len(arguments) == 1 else []), *arguments]
+        return subprocess.run(command, env=given, cwd=path, capture_output=True, text=True)
+
+    return run

@@ -1,0 +1,153 @@
+"""What compilers say of the GPU kernels, asked without a GPU: registers, shared memory, instructions."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one chip. local: bytes of local memory per thread, where spills go."""
+
+    label: str
+    local: int
+    shared: int
+    sass: str
+
+
+def triton_modules() -> list[str]:
+    """Return the names of the modules in kernels/."""
+    return sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+
+
+def cuda_sources() -> list[Path]:
+    """Return the CUDA sources."""
+    return sorted((ROOT / "csrc").glob("*.cu"))
+
+
+def load(module: str) -> Any:
+    """Import a module of kernels/."""
+    return importlib.import_module(f"livrec_fast.kernels.{module}")
+
+
+def launched_kernels(module: Any) -> set[str]:
+    """Return the names of the jitted functions of a module that no other one calls."""
+    from triton.runtime import JITFunction
+
+    own = {
+        value.__name__: value.src
+        for value in map(plain, vars(module).values())
+        if isinstance(value, JITFunction) and value.__module__ == module.__name__
+    }
+    return {
+        name
+        for name in own
+        if not any(re.search(rf"\b{name}\(", src) for other, src in own.items() if other != name)
+    }
+
+
+def compile_triton(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], arch: int
+) -> Compiled:
+    """Compile one launch configuration, as a module's `compile_configs()` yields it.
+
+    types and constants may name more arguments than the kernel has; ":16" after a type says that the
+    argument is divisible by 16, as Triton finds out itself at a launch.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = plain(kernel)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n].split(":")[0] for n in names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
+        attrs={
+            (at,): [["tt.divisibility", 16]]
+            for at, n in enumerate(names)
+            if n not in constants and types[n].endswith(":16")
+        },
+    )
+    options = {name: value for name, value in options.items() if name != "matrix"}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    label = f"{kernel.__name__}({types}, {constants}, {options}) on sm_{arch}"
+    return Compiled(
+        label, _local_bytes(built.asm["cubin"]), built.metadata.shared, _sass(built.asm["cubin"])
+    )
+
+
+def compile_cuda(source: Path, arch: str, folder: Path) -> str:
+    """Compile a CUDA source to a cubin and return what ptxas says of it."""
+    output = folder / f"{source.stem}.{arch}.cubin"
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-I{source.parent}"]
+    ran = subprocess.run(
+        ["nvcc", target, *flags, str(source), "-o", str(output)], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr
+
+
+def spilled_bytes(ptxas_log: str) -> Iterator[tuple[str, int]]:
+    """Yield each kernel in ptxas's words and the bytes that it spills."""
+    kernel = ""
+    for line in ptxas_log.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            kernel = found[1]
+        if found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            yield kernel, int(found[1]) + int(found[2])
+
+
+def plain(kernel: Any) -> Any:
+    """Return the jitted function inside an autotuner or a heuristic."""
+    from triton.runtime import JITFunction
+
+    while not isinstance(kernel, JITFunction) and type(kernel).__module__.startswith("triton."):
+        if not hasattr(kernel, "fn"):
+            break
+        kernel = kernel.fn
+    return kernel
+
+
+@cache
+def _cuobjdump() -> str:
+    import triton.backends.nvidia as nvidia
+
+    shipped = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    found = str(shipped) if shipped.exists() else shutil.which("cuobjdump")
+    assert found, "cuobjdump comes with Triton, and is not there"
+    return found
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuobjdump(), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _local_bytes(cubin: bytes) -> int:
+    used = re.findall(r"(?:STACK|LOCAL):(\d+)", _dump(cubin, "-res-usage"))
+    assert used, "cuobjdump -res-usage told nothing"
+    return sum(map(int, used))
+
+
+def _sass(cubin: bytes) -> str:
+    return _dump(cubin, "-sass")

@@ -1,0 +1,100 @@
+"""Gates that need no GPU: every GPU kernel compiles for sm_80 and sm_90 and fits; so do the CPU objects."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import gpu_gates as gates
+import pytest
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="Triton is not installed, or TRITON_INTERPRET=1 has replaced its compiler",
+)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+needs_binutils = pytest.mark.skipif(
+    not all(map(shutil.which, ("g++", "nm", "objdump"))) or platform.machine() != "x86_64",
+    reason="needs g++, nm and objdump on x86-64, where there are instruction-set levels",
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", gates.triton_modules())
+def test_module_offers_every_kernel_to_the_gate(name):
+    module = gates.load(name)
+    assert hasattr(module, "compile_configs"), f"kernels/{name}.py has no compile_configs()"
+    offered = {gates.plain(kernel).__name__ for kernel, *_ in module.compile_configs()}
+    assert gates.launched_kernels(module) == offered
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", gates.SHARED_LIMIT)
+@pytest.mark.parametrize("name", gates.triton_modules())
+def test_triton_kernels_fit(name, arch):
+    for kernel, types, constants, options in gates.load(name).compile_configs():
+        built = gates.compile_triton(kernel, types, constants, options, arch)
+        assert built.local == 0, f"{built.label}: spills, or indexes registers: {built.local} bytes"
+        assert built.shared <= gates.SHARED_LIMIT[arch], f"{built.label}: {built.shared} bytes shared"
+        if options["matrix"]:
+            instruction = gates.MATRIX_INSTRUCTION[arch]
+            assert instruction in built.sass, f"{built.label}: no {instruction}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("source", gates.cuda_sources(), ids=lambda path: path.stem)
+def test_cuda_kernels_do_not_spill(source, arch, tmp_path):
+    spilled = dict(gates.spilled_bytes(gates.compile_cuda(source, arch, tmp_path)))
+    assert spilled, "ptxas told of no kernel"
+    assert not any(spilled.values()), spilled
+
+
+@pytest.fixture(scope="module")
+def cpu_objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Compile every CPU kernel for every level with the flags of setup.py; key: (op, level)."""
+    folder = tmp_path_factory.mktemp("objects")
+    with mock.patch("setuptools.setup"):
+        setup = runpy.run_path(str(gates.ROOT / "setup.py"))
+    objects, commands = {}, []
+    for source in sorted((gates.ROOT / "csrc").glob("*_cpu.cpp")):
+        for level, flags in setup["ISA_FLAGS"].items():
+            output = folder / f"{source.stem}.{level}.o"
+            objects[source.stem.removesuffix("_cpu"), level] = output
+            flags = [*setup["OBJECT_FLAGS"], f"-DLIVREC_ISA={level}", *flags]
+            commands.append(["g++", "-c", str(source), "-o", str(output), *flags])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+    return objects
+
+
+@needs_binutils
+def test_cpu_objects_have_no_weak_symbols(cpu_objects):
+    """The linker keeps one copy of a weak symbol for all levels, and it may be that of AVX-512."""
+    for key, path in cpu_objects.items():
+        table = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout
+        assert " T " in table, key
+        assert not re.findall(r"^\S* ?[VvWwu] .*", table, re.MULTILINE), key
+
+
+@needs_binutils
+def test_cpu_objects_use_their_own_instruction_set(cpu_objects):
+    for (op, level), path in cpu_objects.items():
+        command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        if level != "avx512":
+            assert "%zmm" not in code, (op, level)
+        if level == "baseline":
+            assert "%ymm" not in code, (op, level)
+        source = (gates.ROOT / "csrc" / f"{op}_cpu.cpp").read_text()
+        register = {"avx512": "zmm", "avx2": "ymm"}.get(level)
+        if register and "__AVX512F__" in source:  # the source has a path of its own for each level
+            assert re.search(rf"vfn?m(add|sub)\d+ps.*%{register}", code), (op, level)
