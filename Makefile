@@ -48,7 +48,7 @@ test: native  ## run the tests
 	$(RUN) pytest $(ARGS)
 
 bench: native  ## time the ops against their peers; writes benches/results/<device>.json
-	$(RUN) livrec_fast bench --out benches/results $(ARGS)
+	$(RUN) livrec_fast bench $(ARGS)
 
 gpu:  ## on a GPU machine: build, test and time everything (WHEELS=folder: with the wheels in it)
 	@$(if $(CUDA),,echo "$(PYTHON) has no CUDA torch (2.11 or later) to use" && exit 1;) \

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from livrec_fast.benchmarking import floor_ms
+from livrec_fast.benchmarking import floor_ms, milliseconds
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +82,9 @@ def facts(machine: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:
             yield f"copies {value:.3g} GB/s"
         elif name.startswith("matmul_"):
             yield f"multiplies {value:.3g} TFLOP/s in {name.split('_')[1]}"
+    busy = max(row["others_busy"] or 0.0 for row in rows)
+    if busy > 0.05:
+        yield f"DISTURBED: other processes took {busy:.0%} of the cores, so do not quote these"
     commits = sorted({row["commit"] or "unknown" for row in rows})
     yield f"commit {', '.join(commits)}"
 
@@ -99,7 +102,7 @@ def table_lines(
         extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}"
         yield " | ".join([
             *head, row["contestant"],
-            f"{row['p50_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})",
+            "{} ({} to {})".format(*(milliseconds(row[f"p{p}_ms"]) for p in (50, 20, 80))),
             f"{floor_ms(row, machine) / row['p50_ms']:.0%}",
             f"{row['gb_s']:.3g}", f"{row['tflop_s']:.3g}", extra,
             f"{row['p50_ms'] / best['p50_ms']:.2f}" if best else "",
@@ -153,7 +156,7 @@ def panel(axis: Any, case: str, rows: Sequence[Row], machine: dict[str, Any]) ->
     edge = 1.02 * max(row["p80_ms"] for row in rows)
     for y, row in enumerate(rows):
         times = f" ({row['p50_ms'] / best['p50_ms']:.2f}x)" if best and row is not best else ""
-        axis.text(edge, y, f"{row['p50_ms']:.3g} ms{times}", va="center", fontsize=8)
+        axis.text(edge, y, f"{milliseconds(row['p50_ms'])} ms{times}", va="center", fontsize=8)
     axis.axvline(floor_ms(rows[0], machine), color="#b03a2e", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(rows)), [row["contestant"] for row in rows], fontsize=8)
     axis.invert_yaxis()

@@ -1,6 +1,6 @@
-// Instruction-set levels: every `<op>_cpu.cpp` is compiled once per level, in a namespace of that name,
-// and the level is chosen when an op runs. Objects of a level hold no weak symbols: an inline function
-// compiled with AVX-512 must never be the copy that the linker keeps for everybody.
+// Instruction-set levels: every `<op>_cpu.cpp` is compiled once per level, in a namespace of that
+// name, and the level is chosen when an op runs. Objects of a level hold no weak symbols: an inline
+// function compiled with AVX-512 must never be the copy that the linker keeps for everybody.
 #pragma once
 
 namespace livrec {
@@ -19,15 +19,23 @@ void set_isa(Isa isa);
 // LIVREC_CALL(encode, args) calls the one of the current level.
 #if defined(__x86_64__)
 #define LIVREC_DECLARE(result, name, parameters) \
-  namespace baseline { result name parameters; } \
-  namespace avx2 { result name parameters; }     \
-  namespace avx512 { result name parameters; }
-#define LIVREC_CALL(name, ...)                                                 \
+  namespace baseline {                           \
+  result name parameters;                        \
+  }                                              \
+  namespace avx2 {                               \
+  result name parameters;                        \
+  }                                              \
+  namespace avx512 {                             \
+  result name parameters;                        \
+  }
+#define LIVREC_CALL(name, ...)                                                      \
   (livrec::current_isa() == livrec::Isa::avx512 ? livrec::avx512::name(__VA_ARGS__) \
    : livrec::current_isa() == livrec::Isa::avx2 ? livrec::avx2::name(__VA_ARGS__)   \
                                                 : livrec::baseline::name(__VA_ARGS__))
 #else
 #define LIVREC_DECLARE(result, name, parameters) \
-  namespace baseline { result name parameters; }
+  namespace baseline {                           \
+  result name parameters;                        \
+  }
 #define LIVREC_CALL(name, ...) (livrec::baseline::name(__VA_ARGS__))
 #endif

@@ -1,6 +1,6 @@
 // The extension module `livrec_fast._C`. Importing it registers the C++ kernels with torch (each
-// `<op>_torch.cpp` does so in a static initialiser); what the module itself offers is the choice of the
-// instruction-set level.
+// `<op>_torch.cpp` does so in a static initialiser); what the module itself offers is the choice of
+// the instruction-set level.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -83,7 +83,8 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
   const int level = livrec::find_level(PyBytes_AsString(bytes));
   Py_DECREF(bytes);
   if (level < 0 || level > static_cast<int>(livrec::best_isa())) {
-    PyErr_Format(PyExc_ValueError, "isa: %R is not one of the levels this processor runs (_C.isa_levels())",
+    PyErr_Format(PyExc_ValueError,
+                 "isa: %R is not one of the levels this processor runs (_C.isa_levels())",
                  argument);
     return nullptr;
   }
@@ -105,12 +106,20 @@ PyMethodDef methods[] = {
     {"isa_levels", isa_levels, METH_NOARGS, "The levels this processor can run, slowest first."},
     {"set_isa", set_isa, METH_O, "Use this level from now on."},
 #if defined(LIVREC_CUDA_ARCHS)
-    {"cuda_archs", cuda_archs, METH_NOARGS, "The GPU targets that this build holds, as \"sm_80+sm_90a\"."},
+    {"cuda_archs", cuda_archs, METH_NOARGS,
+     "The GPU targets that this build holds, as \"sm_80+sm_90a\"."},
 #endif
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of livrec_fast.", -1, methods,
-                      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "Compiled kernels of livrec_fast.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 

@@ -1,7 +1,6 @@
-#include "residual_kmeans.h"
-
 #include <atomic>
 
+#include "residual_kmeans.h"
 #include "torch_glue.h"
 
 namespace livrec {
@@ -9,14 +8,19 @@ namespace {
 
 Float float_type(const Tensor& x) {
   const auto type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "x: must be float32, float16 or bfloat16");
-  return type == ScalarType::Float ? Float::f32 : type == ScalarType::Half ? Float::f16 : Float::bf16;
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+      "x: must be float32, float16 or bfloat16");
+  return type == ScalarType::Float  ? Float::f32
+         : type == ScalarType::Half ? Float::f16
+                                    : Float::bf16;
 }
 
 // The smallest of uint8, int16 and int32 that holds every code.
 ScalarType code_type(int64_t most_codewords) {
-  return most_codewords <= 256 ? ScalarType::Byte : most_codewords <= 32768 ? ScalarType::Short : ScalarType::Int;
+  return most_codewords <= 256     ? ScalarType::Byte
+         : most_codewords <= 32768 ? ScalarType::Short
+                                   : ScalarType::Int;
 }
 
 // Codebooks as float32 and repacked: all of the op's workspace, apart from O(dim) per thread.
@@ -30,7 +34,8 @@ struct Levels {
     for (const Tensor& given : codebooks) {
       STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == dim && given.size(0) > 0,
                       "codebooks: each must be [N_l, D] with N_l > 0 and the D of x");
-      const Tensor codebook = torch::stable::contiguous(torch::stable::to(given, ScalarType::Float));
+      const Tensor codebook =
+          torch::stable::contiguous(torch::stable::to(given, ScalarType::Float));
       const int64_t size = codebook.size(0), padded = (size + width - 1) / width * width;
       const Tensor panels = empty_cpu({padded * dim}, ScalarType::Float);
       const Tensor half_norms = empty_cpu({padded}, ScalarType::Float);
@@ -53,8 +58,9 @@ Tensor residual_kmeans_encode(const Tensor& x_given, const std::vector<Tensor>& 
   const ScalarType type = code_type(packed.most_codewords);
   Tensor codes = empty_cpu({rows, depth}, type);
   const int64_t code_size = type == ScalarType::Byte ? 1 : type == ScalarType::Short ? 2 : 4;
-  const ResidualKMeansEncode job{x.const_data_ptr(),   float_type(x), x.stride(0), dim,
-                                 packed.levels.data(), depth,         codes.mutable_data_ptr(), code_size};
+  const ResidualKMeansEncode job{
+      x.const_data_ptr(),       float_type(x), x.stride(0), dim, packed.levels.data(), depth,
+      codes.mutable_data_ptr(), code_size};
   std::atomic<int64_t> first_bad{rows};
   torch::stable::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     const Scratch scratch(LIVREC_CALL(residual_kmeans_scratch, dim));

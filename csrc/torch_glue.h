@@ -20,7 +20,8 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-// Scratch memory on a 64-byte boundary, from torch's allocator, so that torch's memory statistics see it.
+// Scratch memory on a 64-byte boundary, from torch's allocator, so that torch's memory statistics
+// see it.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : tensor_(empty_cpu({bytes + 64}, ScalarType::Byte)) {}

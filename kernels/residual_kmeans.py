@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Scores are products of tensor cores in three TF32 passes (big x big, big x small, small x big), which
-# drop 2^-22 of a product at most: plain TF32 drops 2^-11 and would change codes, and "ieee" runs on
-# the scalar units at a third of the speed.
+# Scores are products of tensor cores in three TF32 passes (big x big, big x small, small x big),
+# which err by 2^-20 of a product at most; plain TF32 errs by 2^-10 and would change codes, and
+# "ieee" runs on the scalar units, at a third of the speed.
 _PRECISION = tl.constexpr("tf32x3")
 _ROWS = 64  # rows per block, as wgmma wants them
 
@@ -22,7 +22,7 @@ def _pack(
     book, book_row, book_column, codebooks, half_norms, starts, level, start, size, D, WIDTH,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Append a codebook to `codebooks` in float32, rows padded with zeros to WIDTH, and say where."""
+    """Append a codebook to `codebooks` in float32, rows filled up with zeros to WIDTH."""
     codeword = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = codeword < size
     to = codebooks + (start + codeword).to(tl.int64)[:, None] * WIDTH
@@ -87,7 +87,7 @@ def _encode_in_scratch(
     x, x_row, x_column, codebooks, half_norms, starts, codes, scratch, M, D, LEVELS, BLOCKS, WIDTH,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """For rows too long for registers: each program keeps a block's residuals in its own scratch."""
+    """For rows too long for registers: a program keeps a block's residuals in its own scratch."""
     lanes = tl.arange(0, BLOCK_N)
     block_rows = tl.arange(0, BLOCK_M)
     residuals = scratch + tl.program_id(0).to(tl.int64) * BLOCK_M * WIDTH
@@ -186,13 +186,14 @@ def _multiprocessors(device: torch.device) -> int:
 def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, int], dict[str, Any]]]:
     """Yield what the launches above compile: kernel, argument types, constants, options.
 
-    A type ending in ":16" is known to be divisible by 16. "matrix" says that tensor cores are meant.
+    A type ending in ":16" is known to be divisible by 16. "matrix": tensor cores are meant.
     """
     common = {
-        "codebooks": "*fp32:16", "half_norms": "*fp32:16", "starts": "*i32:16", "scratch": "*fp32:16",
-        "x_row": "i32:16", "book_row": "i32:16", "D": "i32:16", "WIDTH": "i32:16", "M": "i64",
-        "LEVELS": "i32", "BLOCKS": "i32", "level": "i32", "start": "i32", "size": "i32",
-    }  # fmt: skip
+        **dict.fromkeys(("codebooks", "half_norms", "scratch"), "*fp32:16"),
+        **dict.fromkeys(("x_row", "book_row", "D", "WIDTH"), "i32:16"),
+        **dict.fromkeys(("LEVELS", "BLOCKS", "level", "start", "size"), "i32"),
+        **{"starts": "*i32:16", "M": "i64"},
+    }
     contiguous = {"x_column": 1, "book_column": 1}
     for dim in (16, 32, 64, 128):
         kernel, _, tile, options = _plan(dim)

@@ -71,7 +71,8 @@ class ParquetRows:
         pa, pq = _arrow(path)
         self.path, self._pa, self._column = path, pa, column
         try:
-            self._file = pq.ParquetFile(path)
+            # a buffer, or else each column of a row group is read whole
+            self._file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
         except (OSError, pa.ArrowException) as error:
             raise BadFile(f"{path}: not a readable parquet file ({_first_line(error)})") from error
         schema = self._file.schema_arrow

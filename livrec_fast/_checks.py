@@ -44,14 +44,14 @@ def check_same(what: str, **tensors: Tensor | None) -> None:
 
 
 def check_one_dtype(**tensors: Tensor | None) -> None:
-    """Check that all given tensors share a dtype, except where autocast is about to give them one."""
+    """Check that the tensors share a dtype, except where autocast is about to give them one."""
     given = [tensor for tensor in tensors.values() if tensor is not None]
     if not autocast_is_on(given[0].device.type) or any(t.dtype == torch.float64 for t in given):
         check_same("dtype", **tensors)
 
 
 def autocast_is_on(device: str) -> bool:
-    """Tell whether autocast casts on this type of device; there are some, such as meta, without it."""
+    """Tell whether autocast is on for this type of device; some, such as meta, have none."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

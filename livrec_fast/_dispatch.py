@@ -1,8 +1,9 @@
 """How an op finds its kernel.
 
-Every op is one torch operator per backend, `livrec::<op>.<backend>`, all of one schema: the reference
-and the Triton launchers are registered from Python, the C++ kernels from their own library under the
-same name. A call tries the backends in order and takes the first that has no reason against it.
+Every op is one torch operator per backend, `livrec::<op>.<backend>`, all of one schema: the
+reference and the Triton launchers are registered from Python, the C++ kernels from their own library
+under the same name. A call tries the backends in order and takes the first that has no reason
+against it.
 """
 
 from __future__ import annotations
@@ -70,9 +71,11 @@ class Op:
         """Register the op's operators; the reference becomes the last backend.
 
         schema: torch's schema without the name, such as "(Tensor x, int k) -> Tensor".
-        check_values: raises on bad contents (ids, offsets): looked at before the reference runs, and to
-            name the culprit when a kernel has stopped. Shapes and dtypes are the public function's duty.
-        autocast: names of the arguments cast to autocast's dtype where it is on; others stay as given.
+        check_values: raises on bad contents (ids, offsets): looked at before the reference runs, and
+            to name the culprit when a kernel has stopped. Shapes and dtypes are the public function's
+            duty.
+        autocast: names of the arguments cast to autocast's dtype where it is on; others stay as
+            given.
         """
         self.name, self.check_values, self.differentiable = name, check_values, differentiable
         self.schema = torch._C.parse_schema(f"{name}{schema}")
@@ -111,7 +114,7 @@ class Op:
         instead = None if compiling else _instead.get()
         if instead is not None:
             return instead(self, args)
-        args = self._cast(args)
+        args = tuple(self._cast(args))
         operator = self.operator(self._choose(args, backend))
         if compiling:
             return operator(*args)
@@ -121,15 +124,17 @@ class Op:
             self.check_values(*args)  # a kernel stops in few words: this names the culprit
             raise
 
-    def _choose(self, args: Sequence[Any], wanted: str) -> str:
-        wanted = _FORCED if wanted == "auto" else wanted
+    def _choose(self, args: Sequence[Any], backend: str) -> str:
+        wanted = _FORCED if backend == "auto" else backend
         chosen = None
-        for backend in self.backends:
-            if wanted in ("auto", backend.name) and backend.refuse(*args) is None:
-                chosen = backend.name
+        for candidate in self.backends:
+            if wanted in ("auto", candidate.name) and candidate.refuse(*args) is None:
+                chosen = candidate.name
                 break
         if chosen is None:
-            raise BackendError(f"backend: {wanted!r} cannot run this.\n{_table(self, args)}")
+            origin = " (LIVREC_BACKEND)" if backend == "auto" != wanted else ""
+            table = _table(self, args)
+            raise BackendError(f"backend: {wanted!r}{origin} cannot run this.\n{table}")
         if chosen == "reference" and wanted == "auto" and not torch.compiler.is_compiling():
             _warn_once_if_not_compiled()
         return chosen
@@ -157,14 +162,14 @@ def refuse_native(tensor: Tensor) -> str | None:
 
 
 def refuse_triton(tensor: Tensor) -> str | None:
-    """Say why a Triton kernel cannot take `tensor`, or None. Its interpreter runs on CPU tensors."""
+    """Say why a Triton kernel cannot take `tensor`, or None; its interpreter takes CPU tensors."""
     if tensor.device.type == "cuda":
         return None
     return None if os.environ.get("TRITON_INTERPRET") == "1" else "runs on CUDA tensors only"
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Return, backend by backend, what would run `op(*args, **kwargs)` and what speaks against each.
+    """Return, by backend, what would run `op(*args, **kwargs)` and what speaks against each.
 
     Example: `print(livrec_fast.explain(livrec_fast.residual_kmeans_encode, x, codebooks))`.
     """
@@ -197,12 +202,15 @@ class _Explained(Exception):
 
 
 def _table(op: Op, args: Sequence[Any]) -> str:
-    """Write the backends of `op`, in order, with the reasons against them and what they were given."""
+    """Write the backends of `op`, in order, the reasons against them and what they were given."""
     reasons = op.reasons(*args)
-    first = next((name for name, reason in reasons.items() if reason is None), None)
-    lines = [f"{op.name}({', '.join(_describe(a, v) for a, v in zip(op.schema.arguments, args))})"]
+    able = [name for name, reason in reasons.items() if reason is None]
+    chosen = next((name for name in able if _FORCED in ("auto", name)), None)
+    by = "auto" if _FORCED == "auto" else "LIVREC_BACKEND"
+    pairs = zip(op.schema.arguments, args, strict=True)
+    lines = [f"{op.name}({', '.join(_describe(*pair) for pair in pairs)})"]
     for name, reason in reasons.items():
-        verdict = reason or ("chosen by auto" if name == first else "could run it")
+        verdict = reason or (f"chosen by {by}" if name == chosen else "could run it")
         lines.append(f"  {name:<10} {verdict}")
     return "\n".join(lines)
 
@@ -224,4 +232,4 @@ def _warn_once_if_not_compiled() -> None:
     global _warned
     if _native.MISSING is not None and not _warned:
         _warned = True
-        warnings.warn(f"livrec_fast computes by its reference: {_native.MISSING}", stacklevel=4)
+        warnings.warn(f"livrec_fast computes by its reference: {_native.MISSING}", stacklevel=5)

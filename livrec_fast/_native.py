@@ -1,7 +1,7 @@
 """The compiled library: whether it is there, and which instruction-set level it uses.
 
-Importing this module loads `livrec_fast._C`, whose static initialisers register the C++ kernels with
-torch. Everything here works, and says what is missing, when there is no compiled library.
+Importing this module loads `livrec_fast._C`, whose static initialisers register the C++ kernels
+with torch. Everything here works, and says what is missing, when there is no compiled library.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ except ImportError as error:
 _FORCED = os.environ.get("LIVREC_CPU_ISA")
 if _C is not None and _FORCED is not None and _FORCED not in _C.isa_levels():
     raise ValueError(
-        f"LIVREC_CPU_ISA: must be one of {', '.join(_C.isa_levels())}, the levels that this processor "
-        f"runs, got {_FORCED!r}"
+        f"LIVREC_CPU_ISA: must be one of {', '.join(_C.isa_levels())}, the levels that this "
+        f"processor runs, got {_FORCED!r}"
     )
 
 WITH_CUDA = _C is not None and hasattr(_C, "cuda_archs")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .benchmarking import Disagreement, Machine, Options, Row, find_cases, run_case
-from .benchmarking._results import add, case_of, floor_ms
+from .benchmarking._results import add, case_of, floor_ms, milliseconds
 
 _HERE = Path(__file__).resolve().parents[1] / "benches"
 
@@ -99,6 +99,9 @@ def show(rows: Sequence[Row], machine: Machine, console: Console) -> None:
     """Print a table per op: our time, its share of the floor, others as multiples of it."""
     rates = ", ".join(f"{name} {value:.3g}" for name, value in machine.measured().items())
     console.print(f"{machine.name}, {torch.get_num_threads()} threads; {rates}", highlight=False)
+    busy = max((row["others_busy"] or 0.0 for row in rows), default=0.0)
+    if busy > 0.05:
+        console.print(f"warning: other processes took {busy:.0%} of the cores", style="yellow")
     ops: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         ops[row["op"]].append(row)
@@ -124,7 +127,9 @@ def table(op: str, rows: Sequence[Row], rates: Mapping[str, float]) -> Table:
             made.add_row(case, "absent", "", "", others)
         else:
             share = floor_ms(best, rates) / best["p50_ms"]
-            made.add_row(case, best["contestant"], f"{best['p50_ms']:.3g}", f"{share:.0%}", others)
+            made.add_row(
+                case, best["contestant"], milliseconds(best["p50_ms"]), f"{share:.0%}", others
+            )
     return made
 
 
@@ -132,4 +137,4 @@ def ratio(row: Row, best: Row | None) -> str:
     """Say how many times the time of `best` a row's contestant takes."""
     if "p50_ms" not in row:
         return "absent"
-    return f"{row['p50_ms'] / best['p50_ms']:.2f}x" if best else f"{row['p50_ms']:.3g} ms"
+    return f"{row['p50_ms'] / best['p50_ms']:.2f}x" if best else f"{milliseconds(row['p50_ms'])} ms"

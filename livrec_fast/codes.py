@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from . import pack_codes, unpack_codes
 from ._arrays import BadFile, Chunk, Rows, Tag, open_rows, writing
+from ._dispatch import BackendError
 from .modules.residual_kmeans import ResidualKMeans
-from .ops.pack_codes import pack_codes, unpack_codes
 
 _FILE = click.Path(path_type=Path)
 _CHUNK = 65_536
@@ -39,7 +40,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except BadFile as error:
         raise _OneLine(str(error)) from error
-    except OSError as error:
+    except (OSError, BackendError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -72,16 +73,19 @@ def fit(
 ) -> None:
     """Learn codebooks from the rows of INPUT."""
     with _one_line_errors():
-        sizes = _parse_levels(levels)
+        try:
+            sizes = [int(part) for part in levels.split(",")]
+            coder = ResidualKMeans(sizes, iterations=iterations, init=init, seed=seed)
+        except ValueError as error:
+            raise BadFile(f"--levels {levels}: {error}") from error
         if not out.parent.is_dir():
             raise BadFile(f"{out}: no such folder")
         source = _open_vectors(vectors, column)
         x = _draw(source, sample, seed)
         try:
-            coder = ResidualKMeans(sizes, iterations=iterations, init=init, seed=seed)
             coder.fit(x, progress=Console().is_terminal)
-        except ValueError as error:
-            raise BadFile(f"{vectors}: {error}") from error
+        except (ValueError, RuntimeError) as error:
+            raise BadFile(f"{vectors}: cannot be fitted: {error}") from error
         coder.save(out)
     left = coder.quality(x).relative_error[-1]
     click.echo(f"{out}: version {coder.version}, of {len(x):,} rows, relative error {left:.4f}")
@@ -133,13 +137,6 @@ def decode(codes: Path, codebooks: Path, out: Path, chunk: int) -> None:
             return coder.decode(unpack_codes(rows, coder.levels) if packed else rows)
 
         _convert(source, out, "embedding", None, vectors_of, chunk)
-
-
-def _parse_levels(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise BadFile(f"--levels: must be ints with commas between, got {text!r}") from None
 
 
 def _load(path: Path) -> ResidualKMeans:
@@ -223,12 +220,12 @@ def _apply(
             raise BadFile(f"{path}: row {chunk.start + int(bad.argmax())} is not finite")
     try:
         return function(chunk.values)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RuntimeError):
         for row in range(len(chunk.values)):
             try:
                 function(chunk.values[row : row + 1])
-            except (ValueError, IndexError) as error:
-                why = str(error).replace("row 0 ", "").replace("codes[0, ", "codes[")
+            except (ValueError, IndexError, RuntimeError) as error:
+                why = str(error).rpartition("row 0 ")[2].replace("codes[0, ", "codes[")
                 raise BadFile(f"{path}: row {chunk.start + row}: {why}") from error
         raise
 
@@ -244,7 +241,10 @@ def _tensor(values: np.ndarray, dtype: np.dtype) -> torch.Tensor:
 def _progress(source: Rows, size: int, what: str) -> Iterator[Chunk]:
     """Yield the chunks of `source`, with a bar where somebody can see it."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(what, total=source.rows)
         for chunk in source.chunks(size):
             yield chunk

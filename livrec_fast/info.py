@@ -62,11 +62,12 @@ def _versions() -> dict[str, str | None]:
         "livrec_fast": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),  # importing it would take a second
+        "triton": version_of("triton"),  # importing it would take a second
     }
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Return the version of an installed distribution, without importing it."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -76,14 +77,15 @@ def _version(distribution: str) -> str | None:
 def _device() -> dict[str, Any]:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -117,7 +119,7 @@ def _ops() -> dict[str, dict[str, str | None]]:
 def _optional(module: str) -> dict[str, str | None]:
     present = find_spec(module) is not None
     command = None if present else f"pip install {OPTIONAL[module]}"
-    return {"version": _version(OPTIONAL[module]) if present else None, "to install": command}
+    return {"version": version_of(OPTIONAL[module]) if present else None, "to install": command}
 
 
 def _print(found: dict[str, Any]) -> None:

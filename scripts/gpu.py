@@ -28,7 +28,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     steps["info"] = [*python, "-m", "livrec_fast", "info"]
     steps["tests"] = [*python, "-m", "pytest", "--color=no"]
     quick = ["--quick"] if options.quick else []
-    steps["bench"] = [*python, "-m", "livrec_fast", "bench", "--out", "benches/results", *quick]
+    steps["bench"] = [*python, "-m", "livrec_fast", "bench", *quick]
     return {name: step for name, step in steps.items() if name in options.only or not options.only}
 
 

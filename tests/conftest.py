@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from livrec_fast.testing import subjects, targets
@@ -13,7 +12,7 @@ from livrec_fast.testing import subjects, targets
 ROOT = Path(__file__).parent.parent
 SUBJECTS = subjects()
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # inputs are small; the tests of threads set their own
 
 
 def pytest_generate_tests(metafunc):
@@ -37,14 +36,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("stem", sorted({subject.stem for subject in SUBJECTS.values()}))
 
 
-@pytest.fixture
-def python():
-    """Run a piece of Python, or Python with arguments, in a fresh interpreter of this checkout."""
-
-    def run(*arguments, path=ROOT, **variables):
-        given = {k: v for k, v in os.environ.items() if not k.startswith("LIVREC_")}
-        given |= {"PYTHONPATH": str(path), **variables}
-        command = [sys.executable, *(["-c"] if len(arguments) == 1 else []), *arguments]
-        return subprocess.run(command, env=given, cwd=path, capture_output=True, text=True)
-
-    return run
+def python(*arguments, path=ROOT, cwd=ROOT, **variables):
+    """Run a piece of Python, or a file or module with arguments, in a fresh interpreter."""
+    given = {k: v for k, v in os.environ.items() if not k.startswith("LIVREC_")}
+    given |= {"PYTHONPATH": str(path), **variables}
+    command = [sys.executable, *(["-c"] if len(arguments) == 1 else []), *arguments]
+    return subprocess.run(command, env=given, cwd=cwd, capture_output=True, text=True)

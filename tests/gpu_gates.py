@@ -1,4 +1,4 @@
-"""What compilers say of the GPU kernels, asked without a GPU: registers, shared memory, instructions."""
+"""What compilers say of the GPU kernels, asked without a GPU: spills, memory, instructions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
+MATRIX_INSTRUCTION = r"\bHG?MMA\b"  # mma, or wgmma from sm_90 on
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,16 @@ def launched_kernels(module: Any) -> set[str]:
 
 
 def compile_triton(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], arch: int
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    arch: int,
 ) -> Compiled:
     """Compile one launch configuration, as a module's `compile_configs()` yields it.
 
-    types and constants may name more arguments than the kernel has; ":16" after a type says that the
-    argument is divisible by 16, as Triton finds out itself at a launch.
+    types and constants may name more arguments than the kernel has; ":16" after a type says that
+    the argument is divisible by 16, as Triton finds out itself at a launch.
     """
     import triton
     from triton.backends.compiler import GPUTarget

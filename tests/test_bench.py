@@ -27,7 +27,7 @@ from livrec_fast.benchmarking import (
     Options,
     run_case,
 )
-from livrec_fast.benchmarking._clock import interleave, peak_extra_bytes, percentiles
+from livrec_fast.benchmarking._clock import Bystanders, interleave, peak_extra_bytes, percentiles
 from livrec_fast.benchmarking._results import add, floor_ms, merge, read
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +176,20 @@ def test_rows_say_what_was_measured():
         "extra_bytes",
     } <= row.keys()
     json.dumps(row)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells")
+def test_bystanders_are_noticed_and_we_are_not_one():
+    cores = os.cpu_count() or 1
+    alone, start = Bystanders(), time.process_time()
+    while time.process_time() - start < 0.3:
+        pass
+    alone_share = alone.share()
+    command = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"]
+    crowded = Bystanders()
+    workers = [subprocess.Popen(command) for _ in range(cores)]
+    assert [worker.wait() for worker in workers] == [0] * cores
+    assert 0 <= alone_share <= 1 and 0.5 < crowded.share() <= 1
 
 
 def test_floor_is_the_slower_of_copying_and_multiplying():

@@ -1,13 +1,10 @@
 """The contract, part 1: what each backend of each op computes, against the float64 formula."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, SUBJECTS
+from conftest import ROOT, SUBJECTS, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,69 +20,72 @@ from livrec_fast.testing import (
     corners,
     inputs_for,
 )
-from livrec_fast.testing.checks import gradients, upstream
+from livrec_fast.testing.checks import results
 from livrec_fast.testing.subjects import listed, to_double, with_leaves
+from livrec_fast.testing.validation import prepared
 
 
-def runnable(subject, target, case, dtype=None, seed=0):
-    """Return a case's inputs, or None where the backend has a reason against them."""
-    dtype = dtype or subject.oracle.dtypes[0]
-    inputs = inputs_for(subject.oracle, case, dtype, seed=seed, device=target.device)
-    return inputs if subject.refusal(inputs, target.backend) is None else None
+def agreement(subject, target, case, dtype, seed=0):
+    """Check outputs and gradients; return whether the backend takes these inputs at all."""
+    inputs, wanted = prepared(subject.op.name, case, dtype, target.device, seed)
+    if subject.refusal(inputs, target.backend) is not None:
+        return False
+    try:
+        with target.active():
+            check_forward(subject, target.backend, inputs, wanted)
+            check_gradients(subject, target.backend, inputs, wanted)
+    except Exception as error:
+        error.add_note(f"in case {case!r}, {dtype}, seed {seed}")
+        raise
+    return True
 
 
 def test_agrees_with_float64(subject, target):
-    ran = 0
-    with target.active():
-        for dtype in subject.oracle.dtypes:
-            for seed in range(2):
-                inputs = runnable(subject, target, "typical", dtype, seed)
-                if inputs is not None:
-                    check_forward(subject, target.backend, inputs)
-                    check_gradients(subject, target.backend, inputs)
-                    ran += 1
-    assert ran, f"{target} runs typical inputs of no dtype"
+    dtypes, seeds = subject.oracle.dtypes, range(2)
+    ran = [agreement(subject, target, "typical", d, seed) for d in dtypes for seed in seeds]
+    assert any(ran), f"{target} runs typical inputs of no dtype"
 
 
 def test_corners(subject, target):
-    with target.active():
-        for case, sizes in corners(subject.oracle).items():
-            for dtype in (subject.oracle.dtypes[0], subject.oracle.dtypes[-1]):
-                inputs = runnable(subject, target, sizes, dtype)
-                if inputs is not None:
-                    try:
-                        check_forward(subject, target.backend, inputs)
-                        check_gradients(subject, target.backend, inputs)
-                    except Exception as error:
-                        error.add_note(f"in case {case!r}, {dtype}")
-                        raise
+    dtypes = {subject.oracle.dtypes[0], subject.oracle.dtypes[-1]}
+    ran = [agreement(subject, target, c, d) for c in corners(subject.oracle) for d in dtypes]
+    assert any(ran)
 
 
 def test_layouts(subject, target):
     with target.active():
-        check_strided(subject, target.backend, runnable(subject, target, "typical"))
+        check_strided(subject, target.backend, typical(subject, target))
 
 
 def test_poisoned_memory(subject, target):
     with target.active():
-        for sizes in corners(subject.oracle).values():
-            inputs = runnable(subject, target, sizes)
-            if inputs is not None:
+        for case in corners(subject.oracle) if target.backend != "reference" else ["typical"]:
+            inputs, _ = prepared(subject.op.name, case, subject.oracle.dtypes[0], target.device)
+            if subject.refusal(inputs, target.backend) is None:
                 check_poisoned(subject, target.backend, inputs)
 
 
-def grown(oracle):
-    """Return the typical sizes with more rows and users, so that there is work for two threads."""
-    return {n: 8 * size if n in "MB" else size for n, size in oracle.cases["typical"].items()}
+def typical(subject, target, **grown):
+    """Draw typical inputs, some sizes replaced."""
+    sizes = subject.oracle.cases["typical"] | grown
+    return inputs_for(subject.oracle, sizes, subject.oracle.dtypes[0], device=target.device)
 
 
-def test_repeats_and_threads_give_the_same_bits(subject, target):
+def test_repeats_and_threads_give_the_same_bits(subject, target, two_threads):
+    sizes = subject.oracle.cases["typical"]
+    many = {name: 8 * size for name, size in sizes.items() if name in ("M", "B")}
     with target.active():
-        for case in ("typical", grown(subject.oracle)):
-            inputs = runnable(subject, target, case)
+        for inputs in (typical(subject, target), typical(subject, target, **many)):
             check_repeat(subject, target.backend, inputs)
             if target.backend != "reference":  # torch's own sums depend on the number of threads
                 check_threads(subject, target.backend, inputs)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @settings(max_examples=15, derandomize=True, deadline=None, database=None)
@@ -134,8 +134,7 @@ def test_gradients_are_not_trivial(subject):
     """Gradients that the formula itself has as zeros would hold backends to nothing."""
     if subject.op.differentiable:
         inputs = inputs_for(subject.oracle, "typical")
-        flows = upstream(listed(subject.run(inputs, FORMULA)))
-        found = gradients(subject, FORMULA, inputs, flows)
+        found = results(subject, FORMULA, inputs).gradients
         assert any(grad.abs().max() > 0 for grad in found.values())
 
 
@@ -147,10 +146,7 @@ def test_triton_in_its_interpreter(name):
         "import interpreter, json; from livrec_fast.testing import validate; "
         f"print(json.dumps(validate({name!r}, 'triton')))"
     )
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=variables, cwd=ROOT, capture_output=True, text=True
-    )
+    done = python(program, path=f"{ROOT}:{ROOT / 'tests'}")
     assert done.returncode == 0, done.stderr
     (row,) = [row for row in json.loads(done.stdout) if row["device"] == "cpu"]
     assert row["checks"] > 0

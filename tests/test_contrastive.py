@@ -10,7 +10,7 @@ from livrec_fast import in_batch_contrastive
 
 B, D, E = 12, 8, 5
 LOG_Q = torch.linspace(-9, -1, B + E)
-INF, NAN = float("inf"), float("nan")
+INF, NAN = math.inf, math.nan
 
 
 def draw(seed=0, rows=B, dim=D, extras=E, dtype=torch.float64):

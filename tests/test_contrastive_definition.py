@@ -194,3 +194,22 @@ def test_default_temperature_is_seven_hundredths():
     assert in_batch_contrastive(query, key, temperature=1) == pytest.approx(
         naive(query, key, temperature=1.0).mean().item()
     )
+
+
+def test_gradients_are_the_same_for_any_number_of_threads():
+    """There are logits enough here for torch to split a sum of all of them among threads."""
+
+    def gradients(seed, threads):
+        torch.set_num_threads(threads)
+        leaves = [t.requires_grad_() for t in draw(seed, rows=400, dim=16)]
+        leaves.append(torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
+        loss = in_batch_contrastive(*leaves[:2], extra_keys=leaves[2], temperature=leaves[3])
+        return torch.autograd.grad(loss, leaves)
+
+    before = torch.get_num_threads()
+    try:
+        for seed in range(6):
+            pairs = zip(gradients(seed, 1), gradients(seed, 2), strict=True)
+            assert all(one.equal(two) for one, two in pairs)
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Gates that need no GPU: every GPU kernel compiles for sm_80 and sm_90 and fits; so do the CPU objects."""
+"""Gates that need no GPU: GPU kernels fit the chips they are for, CPU objects their levels."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def test_triton_kernels_fit(name, arch):
     for kernel, types, constants, options in gates.load(name).compile_configs():
         built = gates.compile_triton(kernel, types, constants, options, arch)
         assert built.local == 0, f"{built.label}: spills, or indexes registers: {built.local} bytes"
-        assert built.shared <= gates.SHARED_LIMIT[arch], f"{built.label}: {built.shared} bytes shared"
+        assert built.shared <= gates.SHARED_LIMIT[arch], (
+            f"{built.label}: {built.shared} bytes shared"
+        )
         if options["matrix"]:
-            instruction = gates.MATRIX_INSTRUCTION[arch]
-            assert instruction in built.sass, f"{built.label}: no {instruction}"
+            found = re.search(gates.MATRIX_INSTRUCTION, built.sass)
+            assert found, f"{built.label}: no matrix instruction"
 
 
 @needs_nvcc

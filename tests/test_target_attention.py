@@ -14,7 +14,7 @@ def _offsets(good, change):
     return {"offsets": offsets}
 
 
-_COMMON = [
+COMMON = [
     ("q list", lambda g: {"q": [[1.0]]}, TypeError, "q: must be a tensor, got list"),
     ("q int", lambda g: {"q": g["q"].int()}, TypeError, "q: .* float16.* int32"),
     ("q 3-d", lambda g: {"q": g["q"][0]}, ValueError, r"q: .*\[B, C, H, d\], got \[4, 2, 16\]"),
@@ -33,20 +33,24 @@ _COMMON = [
     ("short", lambda g: {"offsets": g["offsets"][:-1]}, ValueError, r"offsets: .*\[7\], got \[6\]"),
     ("meta", lambda g: {"offsets": g["offsets"].to("meta")}, ValueError, "offsets: device .* meta"),
     ("first", lambda g: _offsets(g, lambda o: o[0].fill_(1)), ValueError, "the first must be 0"),
-    ("last", lambda g: _offsets(g, lambda o: o[-1].sub_(1)), ValueError, "the last must be"),
+    (
+        "last",
+        lambda g: _offsets(g, lambda o: o.clamp_(max=int(o[-1]) - 1)),
+        ValueError,
+        "the last must be",
+    ),
     ("falls", lambda g: _offsets(g, lambda o: o[3].add_(999)), ValueError, "not decrease"),
     ("negative", lambda g: _offsets(g, lambda o: o[1].fill_(-1)), ValueError, "not decrease"),
     ("huge", lambda g: _offsets(g, lambda o: o[-1].fill_(2**62)), ValueError, str(2**62)),
-    ("backend", lambda g: {"backend": "cudnn"}, RuntimeError, "cudnn"),
 ]
 BAD_INPUTS = {
     "target_attention": [
-        *_COMMON,
+        *COMMON,
         ("k list", lambda g: {"k": [[1.0]]}, TypeError, "k: must be a tensor, got list"),
         ("k half", lambda g: {"k": g["k"].half()}, TypeError, "k: dtype .* q, .*float32.*float16"),
         ("k wide", lambda g: {"k": g["k"].repeat(1, 1, 2)}, ValueError, r"\[T, 2, 16\].* 2, 32\]"),
         ("k device", lambda g: {"k": g["k"].to("meta")}, ValueError, "k: device .* meta"),
-        ("v double", lambda g: {"v": g["v"].double()}, TypeError, "v: dtype .* float64"),
+        ("v double", lambda g: {"v": g["v"].double()}, TypeError, "v: dtype .*float64"),
         ("v short", lambda g: {"v": g["v"][1:]}, ValueError, "v: shape must be"),
         ("v narrow", lambda g: {"v": g["v"][..., :0]}, ValueError, "v: dv must be at least 1"),
     ]
@@ -150,9 +154,7 @@ def test_a_bias_of_minus_infinity_takes_rows_out():
     assert grads[1][5:9].eq(0).all() and grads[1][13].eq(0).all() and grads[0][1].eq(0).all()
     kept = torch.tensor([*range(5), *range(9, 13), *range(14, 20)])
     without = {name: inputs[name][kept] for name in ("k", "v", "bias")}
-    want = target_attention(
-        **inputs | without | {"offsets": torch.tensor([0, 5, 5, 5, 8, 15])}
-    )
+    want = target_attention(**inputs | without | {"offsets": torch.tensor([0, 5, 5, 5, 8, 15])})
     torch.testing.assert_close((out, lse), want)
 
 
@@ -175,7 +177,7 @@ def test_huge_logits_are_stable(dtype):
 
 @pytest.mark.parametrize("kind", [1, 2])
 def test_bias_gradients_are_exact_in_float64(kind):
-    inputs = _inputs(torch.float64, bias=kind, L=6, B=3)
+    inputs = _inputs(torch.float64, bias=kind, L=4)
     leaves = _leaves(inputs, "q", "k", "v", "bias")
     held = inputs["offsets"].diff() > 0
 

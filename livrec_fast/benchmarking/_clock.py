@@ -1,9 +1,10 @@
-"""How one run is timed, how many contestants take turns, and how much memory a run takes."""
+"""How one run is timed, how many take turns, how much memory a run takes, and who disturbs."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,3 +118,29 @@ def peak_extra_bytes(run: Callable[[], Any], device: str) -> int | None:
 def _resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+class Bystanders:
+    """How much of the cores other processes take; Linux tells."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    def share(self) -> float | None:
+        """Return the share of all cores' time that others have taken since this was made."""
+        now = self._read()
+        if now is None or self._before is None:
+            return None
+        busy, idle, own = (late - early for late, early in zip(now, self._before, strict=True))
+        return min(1.0, max(0.0, busy - own) / max(busy + idle, 1e-9))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Return the seconds that the cores have been busy and idle, and this process's own."""
+        try:
+            line = Path("/proc/stat").read_text().split("\n", 1)[0]
+            ticks = [int(count) / os.sysconf("SC_CLK_TCK") for count in line.split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) - idle, idle, time.process_time()

@@ -37,6 +37,11 @@ def case_of(row: Row) -> tuple[str, ...]:
     return tuple(row[key] for key in _CASE)
 
 
+def milliseconds(value: float) -> str:
+    """Write a time in three digits, or whole milliseconds."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def floor_ms(row: Row, machine: Mapping[str, Any]) -> float:
     """Return the milliseconds below which the machine's measured rates allow no implementation."""
     copying = row["bytes"] / (1e9 * machine["copy_gb_s"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from .._dispatch import BackendError
 from ._cases import Absent, Case, Contestant, Disagreement, Inputs, Run
-from ._clock import clock_of, interleave, peak_extra_bytes, percentiles
+from ._clock import Bystanders, clock_of, interleave, peak_extra_bytes, percentiles
 from ._machine import Machine
 
 Row = dict[str, Any]
@@ -31,9 +31,11 @@ def run_case(case: Case, machine: Machine, *, budget: float, memory: bool = True
         name: peak_extra_bytes(run, machine.device) if memory else None
         for name, run in runs.items()
     }
+    bystanders = Bystanders()
     times = interleave(runs, clock_of(machine.device), budget=budget)
+    disturbed = bystanders.share()
     kinds = {contestant.name: contestant.kind for contestant in case.contestants}
-    head = _head(case, machine)
+    head = {**_head(case, machine), "others_busy": disturbed}
     rows = [
         {
             **head,

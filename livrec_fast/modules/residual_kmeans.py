@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import FLOATS, check_choice, check_finite, check_levels, check_tensor
+from .._files import replacing
 from ..ops.residual_kmeans import residual_kmeans_decode, residual_kmeans_encode
 from . import _faiss
 from ._lloyd import LevelFit, check_rows, gather_clusters, initial_codebook, lloyd, subtract
@@ -33,7 +32,7 @@ class ResidualKMeans(nn.Module):
     include them, and a new module of the same levels loads the state of a fitted one.
 
     Determinism: the same rows, weights, settings and seed on the same device give the same bits.
-    Workspace of `fit`: a float32 copy of x, about 32 bytes per row, and O(16,384 D) more; nothing
+    Workspace of `fit`: a float32 copy of x, about 32 bytes per row, and O(2,048 D) more; nothing
     of size rows x codewords.
 
     Source: FLUID, section 3.2 (4 levels of 64, 128-d); LARM, equations 3-4 (512, 256, 128; 256-d);
@@ -165,7 +164,7 @@ class ResidualKMeans(nn.Module):
             if self.dim == 0:
                 old = initial_codebook(residual, None, len(old), self.init, generator)
             codes = self._assign(residual, old)
-            count = count + codes.bincount(minlength=len(old))
+            count = count.to(x.device) + codes.bincount(minlength=len(old))
             clusters = gather_clusters(residual, None, old, codes)
             shift = clusters.sums - clusters.mass[:, None] * old.double()
             book = (old.double() + shift / count.clamp_min(1)[:, None]).to(old.dtype)
@@ -208,18 +207,9 @@ class ResidualKMeans(nn.Module):
             "version": self.version,
             "settings": json.dumps(settings),
         }
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{uuid4().hex}")
-        try:
-            with partial.open("xb") as file:
-                file.write(
-                    save({k: t.contiguous() for k, t in self.state_dict().items()}, metadata)
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        with replacing(path) as file:
+            file.write(save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, backend: str = "auto") -> Self:

@@ -116,7 +116,7 @@ def prefix_ngram_lookup(
     the sum of them; $E_l(k)$ is row $k$ of table l, or $k \bmod H_l$ where the table has fewer rows
     than $N_1 ... N_l$.
 
-    In PyTorch::
+    In PyTorch, starting from key = 0 and parts = []::
 
         for code, size, table in zip(codes.T, levels, tables):
             key = key * size + code.long()

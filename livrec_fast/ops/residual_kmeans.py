@@ -23,8 +23,8 @@ def _triton(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
 def _refuse_triton(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
     if x.dtype == torch.float64:
         return "computes in float32; x is float64"
-    if x.shape[1] > 512:
-        return "keeps residuals in registers: D must be at most 512"
+    if x.shape[1] > 16384:
+        return "addresses codewords in 32 bits: D must be at most 16,384"
     return refuse_triton(x)
 
 
@@ -67,7 +67,9 @@ def _check_codebooks(codebooks: Sequence[Tensor], dim: int | str) -> list[Tensor
     return books
 
 
-def residual_kmeans_encode(x: Tensor, codebooks: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+def residual_kmeans_encode(
+    x: Tensor, codebooks: Sequence[Tensor], *, backend: str = "auto"
+) -> Tensor:
     r"""Quantise each row by its nearest codeword, then the rest by the next codebook, and so on.
 
     $c_l = \arg\min_j \|r_{l-1} - C_l[j]\|^2,\quad r_l = r_{l-1} - C_l[c_l],\quad r_0 = x$.
@@ -83,20 +85,24 @@ def residual_kmeans_encode(x: Tensor, codebooks: Sequence[Tensor], *, backend: s
         backend: "auto", "triton", "native" or "reference".
 
     Returns:
-        codes [M, L]: uint8 where every N_l <= 256, else int16 where every N_l <= 32,768, else int32.
-        M = 0 gives [0, L].
+        codes [M, L]: uint8 where every N_l <= 256, else int16 where every N_l <= 32,768, else
+        int32. M = 0 gives [0, L].
 
-    Ties go to the lowest code. Numerics: float16 and bfloat16 are widened to float32. At each level the
-    code equals float64's wherever the best two values of r.c - |c|^2/2 differ by more than
-    8 (D + 1) eps (|r| max|c| + max|c|^2), eps = 2^-23; elsewhere it is one whose value is that near the
-    best. Codes are the same for any thread count and any batch. Autocast leaves the inputs as they are.
-    Workspace: two float32 copies of the codebooks, and O(D) per thread; x is read once. Not
-    differentiable.
+    Ties go to the lowest code. Numerics: float16 and bfloat16 are widened to float32. At each level
+    the code equals float64's wherever the best two values of r.c - |c|^2/2 differ by more than
+    8 (D + 1) eps (|r| max|c| + max|c|^2), eps = 2^-23; elsewhere it is one whose value is that near
+    the best. Codes are the same for any thread count and any batch. Autocast leaves the inputs as
+    they are. Not differentiable.
+
+    Workspace on a CPU: two float32 copies of the codebooks and 192 D + 6,400 bytes per thread; a
+    copy of x only where its columns are strided. On a GPU: one float32 copy of the codebooks, D
+    rounded up to a power of two from 16 on or, beyond 64, to a multiple of 32; beyond 64 also
+    256 D bytes per running program, at most two of them per multiprocessor.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, no codebook, N_l out of range, or a
-        row of x that is not finite or too large for float32 distances (on a CPU; on a GPU such a row
-        gets codes in range that mean nothing, as telling would stall the stream).
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, no codebook, N_l out of range,
+        or a row of x that is not finite or too large for float32 distances (on a CPU; on a GPU such
+        a row gets codes in range that mean nothing, as telling would stall the stream).
         BackendError: the named backend cannot run this.
 
     Source: FLUID, section 3.2 and LARM, equations 3-4 (residual k-means codes of live slices).
@@ -130,7 +136,8 @@ def residual_kmeans_decode(
         [M, D]; M = 0 gives [0, D]. Differentiable in the codebooks. Workspace: O(M L D).
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape. IndexError: a code out of range.
+        TypeError: a wrong type or dtype. ValueError: a wrong shape.
+        IndexError: a code out of range.
 
     Source: FLUID, section 3.2 and LARM, equations 3-4.
 

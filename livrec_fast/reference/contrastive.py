@@ -52,7 +52,8 @@ def in_batch_contrastive(
         query = F.normalize(query.to(wide), dim=1).to(query.dtype)
         keys = F.normalize(keys.to(wide), dim=1).to(keys.dtype)
     product = (query @ keys.T).to(wide).masked_fill(masked, 0)  # a float16 product may be infinite
-    similarity = product / temperature.to(wide)
+    # By rows, so that the gradient of T is summed in one order, whatever the number of threads.
+    similarity = product / temperature.to(wide).expand(len(query), 1)
     logits = similarity if log_q is None else similarity - _of_all_keys(log_q, keys, valid).to(wide)
     loss = _cross_entropy(logits, masked, dim=1)
     if symmetric:

@@ -141,7 +141,7 @@ def make_inputs(
     K: int,
     distinct: int,
 ) -> dict[str, Any]:
-    """Draw histories of at most L rows, of which one in three repeats a recent one unless `distinct`.
+    """Draw histories of at most L rows; one in three repeats a recent one, unless `distinct`.
 
     Differences across a tie show no derivative, so that a gradcheck needs distinct rows.
     """

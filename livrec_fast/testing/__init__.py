@@ -12,7 +12,7 @@ from .checks import (
     check_threads,
 )
 from .subjects import FORMULA, Subject, Target, corners, inputs_for, subjects, targets
-from .validate import command, validate
+from .validation import command, validate
 
 __all__ = [
     "FORMULA",

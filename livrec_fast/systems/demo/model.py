@@ -108,7 +108,7 @@ class DemoModel(nn.Module):
     for. log_q: [n] log of an item's share of the training positives. backend: of every op.
     """
 
-    content: Tensor
+    features: Tensor
     packed: Tensor
     log_q: Tensor
 
@@ -129,9 +129,13 @@ class DemoModel(nn.Module):
             self.levels, shape.dim, max_rows=shape.max_rows, backend=backend
         )
         codes_dim = shape.dim * len(self.levels)
-        self.two_tower = TwoTower(shape, codes_dim, content.shape[1], sizes, backend)
-        self.ranker = Ranker(shape, codes_dim, content.shape[1], sizes, backend)
-        for name, value in (("content", content), ("packed", packed), ("log_q", log_q)):
+        self.two_tower = TwoTower(shape, codes_dim, content.shape[1] + 1, sizes, backend)
+        self.ranker = Ranker(shape, codes_dim, content.shape[1] + 1, sizes, backend)
+        for table in self.embedding.tables:
+            nn.init.normal_(table, std=0.01)  # so that a code never seen in training says little
+        popularity = (log_q - log_q.mean()) / log_q.std().clamp(min=1e-6)
+        features = torch.cat([content, popularity[:, None]], 1)
+        for name, value in (("features", features), ("packed", packed), ("log_q", log_q)):
             self.register_buffer(name, value)
         for level, book in enumerate(codebooks):
             self.register_buffer(f"codebook_{level}", book)
@@ -143,7 +147,7 @@ class DemoModel(nn.Module):
     def items(self, items: Tensor) -> Tensor:
         """Return item vectors of the two-tower, [len(items), tower]."""
         embedded = self.embedding(self.codes_of(items))
-        return self.two_tower.item(torch.cat([embedded, self.content[items]], 1))
+        return self.two_tower.item(torch.cat([embedded, self.features[items]], 1))
 
     def users(self, batch: Batch, codes: Tensor) -> Tensor:
         """Return user vectors of the two-tower, [B, tower], from the history and the liked part of it."""
@@ -156,7 +160,9 @@ class DemoModel(nn.Module):
         query = self.two_tower.query.expand(len(pooled), -1, -1, -1).contiguous()
         read = self.two_tower.history(query, self.columns(batch, codes), batch.offsets)
         favourite = self.embedding(voted)
-        return self.two_tower.user(torch.cat([pooled, favourite, read.squeeze(1)], 1))
+        seen = torch.cat([pooled, favourite, read.squeeze(1)], 1)
+        # normalised, as else untrained users are all alike and mask each other as false negatives
+        return self.two_tower.user(F.layer_norm(seen, seen.shape[1:]))
 
     @staticmethod
     def columns(batch: Batch, codes: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ class DemoModel(nn.Module):
         embedded = self.embedding(self.codes_of(items.flatten()))
         return self.ranker(
             embedded.unflatten(0, items.shape),
-            self.content[items],
+            self.features[items],
             self.columns(batch, codes),
             self.history_features(batch, codes),
             batch.offsets,
@@ -198,7 +204,7 @@ class DemoModel(nn.Module):
         Stars are centred at 2.6 (of 0 to 4), their mean over all ratings; no history gives 0.
         """
         books = [self.get_buffer(f"codebook_{level}") for level in range(len(self.levels))]
-        query = self.content[batch.candidates]
+        query = self.features[batch.candidates][..., :-1].contiguous()
         _, at = history_search_codes(
             query, codes, books, batch.offsets, self.shape.nearest, backend=self.backend
         )

@@ -53,13 +53,15 @@ class Run:
 def train(
     model: DemoModel,
     batches: Iterable[Batch],
+    steps: int,
     device: torch.device,
     learning_rate: float,
     on_step: Callable[[Run], None],
 ) -> Run:
-    """Train on every batch once; both losses are simply added."""
+    """Train on every batch once, at a rate that falls linearly to 0; both losses are simply added."""
     run = Run(model.backend)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, eps=1e-6, fused=True)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
     model.train()
     for number, batch in enumerate(batches):
         batch = batch.to(device)
@@ -82,6 +84,7 @@ def train(
             step()
             synchronize(device)
             run.step_seconds.append(time.perf_counter() - begin)
+        decay.step()
         on_step(run)
     return run
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import click
 import torch
 
 from .checks import (
+    Expected,
     check_forward,
     check_gradients,
     check_poisoned,
     check_repeat,
     check_strided,
     check_threads,
+    expected,
 )
 from .subjects import Inputs, Subject, Target, corners, inputs_for, subjects, targets
 
 Row = dict[str, Any]
-Check = Callable[[Subject, str, Inputs], None]
+Check = Callable[..., None]
+AGREEMENT: tuple[Check, ...] = (check_forward, check_gradients)
 
 
 def validate(op: str | None = None, backend: str | None = None) -> list[Row]:
@@ -45,16 +49,18 @@ def validate(op: str | None = None, backend: str | None = None) -> list[Row]:
 
 def _row(subject: Subject, target: Target) -> Row:
     count, failures = 0, []
-    for label, check, inputs in _plan(subject, target):
-        if subject.refusal(inputs, target.backend) is not None:
-            continue
-        count += 1
+    for check, case, dtype in _plan(subject, target):
+        label = f"{check.__name__}, {case}, {str(dtype)[6:]}"
         try:
-            with target.active():
-                check(subject, target.backend, inputs)
+            inputs, wanted = prepared(subject.op.name, case, dtype, target.device)
+            if subject.refusal(inputs, target.backend) is None:
+                count += 1
+                with target.active():
+                    compared = [wanted] if check in AGREEMENT else []
+                    check(subject, target.backend, inputs, *compared)
         except Exception as error:  # whatever an op does wrong is a finding
             text = " ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
-            failures.append(f"{check.__name__}, {label}: {text}")
+            failures.append(f"{label}: {text}")
     return {
         "op": subject.op.name,
         "backend": target.backend,
@@ -65,26 +71,27 @@ def _row(subject: Subject, target: Target) -> Row:
     }
 
 
-def _plan(subject: Subject, target: Target) -> Iterator[tuple[str, Check, Inputs]]:
+@cache
+def prepared(
+    name: str, case: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[Inputs, Expected]:
+    """Return the inputs of an op's corner and what is expected of every backend for them."""
+    subject = subjects()[name]
+    sizes = corners(subject.oracle)[case]
+    inputs = inputs_for(subject.oracle, sizes, dtype, seed=seed, device=device)
+    return inputs, expected(subject, inputs)
+
+
+def _plan(subject: Subject, target: Target) -> Iterator[tuple[Check, str, torch.dtype]]:
     """List the checks: agreement in each dtype and corner, the rest on the typical inputs."""
-    oracle = subject.oracle
-    first = oracle.dtypes[0]
-
-    def made(case: Any, dtype: torch.dtype) -> Inputs:
-        return inputs_for(oracle, case, dtype, device=target.device)
-
-    for case, dtype in [(c, first) for c in corners(oracle)] + [
-        ("typical", dtype) for dtype in oracle.dtypes[1:]
-    ]:
-        inputs = made(corners(oracle)[case], dtype)
-        agreement: list[Check] = [check_forward, check_gradients]
-        for check in agreement:
-            yield f"{case}, {str(dtype)[6:]}", check, inputs
-    others: list[Check] = [check_strided, check_poisoned, check_repeat]
+    first, *others = subject.oracle.dtypes
+    cases = [(case, first) for case in corners(subject.oracle)]
+    for case, dtype in [*cases, *(("typical", dtype) for dtype in others)]:
+        yield from ((check, case, dtype) for check in AGREEMENT)
+    for check in (check_strided, check_poisoned, check_repeat):
+        yield check, "typical", first
     if target.backend != "reference":  # torch's own sums may depend on the number of threads
-        others.append(check_threads)
-    for check in others:
-        yield "typical", check, made("typical", first)
+        yield check_threads, "typical", first
 
 
 def _table(rows: list[Row]) -> Any:
