@@ -87,6 +87,8 @@ $(NATIVE): setup.py pyproject.toml $(wildcard csrc/*) $(TOOLS) | $(PACKAGE)
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
+# compat: the checkout itself goes on sys.path. The import hook of other modes also gives its modules
+# to any other copy of the package that lacks one, such as the copies without a library in the tests.
 $(VENV)/.editable: pyproject.toml $(VENV)/.packages
-	$(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	@touch $@

@@ -1,9 +1,9 @@
 """How an op finds its kernel.
 
 Every op is one torch operator per backend, `livrec::<op>.<backend>`, all of one schema: the
-reference and the Triton launchers are registered from Python, the C++ kernels from their own library
-under the same name. A call tries the backends in order and takes the first that has no reason
-against it.
+reference and the Triton launchers are registered from Python, the C++ kernels from their own
+library under the same name. A call tries the backends in order and takes the first that has no
+reason against it.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Op:
         """Register the op's operators; the reference becomes the last backend.
 
         schema: torch's schema without the name, such as "(Tensor x, int k) -> Tensor".
-        check_values: raises on bad contents (ids, offsets): looked at before the reference runs, and
-            to name the culprit when a kernel has stopped. Shapes and dtypes are the public function's
-            duty.
+        check_values: raises on bad contents (ids, offsets): looked at before the reference runs,
+            and to name the culprit when a kernel has stopped. Shapes and dtypes are the public
+            function's duty.
         autocast: names of the arguments cast to autocast's dtype where it is on; others stay as
             given.
         """
@@ -159,6 +159,13 @@ def refuse_native(tensor: Tensor) -> str | None:
     if _native.MISSING is not None:
         return _native.MISSING
     return None if tensor.device.type == "cpu" else "runs on CPU tensors only"
+
+
+def refuse_cuda(tensor: Tensor) -> str | None:
+    """Say why a CUDA C++ kernel cannot take `tensor`, or None."""
+    if tensor.device.type != "cuda":
+        return "runs on CUDA tensors only"
+    return None if _native.WITH_CUDA else "the library was built without its CUDA kernels"
 
 
 def refuse_triton(tensor: Tensor) -> str | None:

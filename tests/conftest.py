@@ -5,12 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
+from livrec_fast import ResidualKMeans
 from livrec_fast.testing import subjects, targets
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = subjects()
+LEVELS = (20, 8)  # of the small codebooks that tests of files use
+ROWS, DIM = 300, 6
 
 torch.set_num_threads(1)  # inputs are small; the tests of threads set their own
 
@@ -42,3 +47,25 @@ def python(*arguments, path=ROOT, cwd=ROOT, **variables):
     given |= {"PYTHONPATH": str(path), **variables}
     command = [sys.executable, *(["-c"] if len(arguments) == 1 else []), *arguments]
     return subprocess.run(command, env=given, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def vectors():
+    return np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)
+
+
+@pytest.fixture
+def coder(vectors):
+    return ResidualKMeans(LEVELS, iterations=3).fit(torch.from_numpy(vectors))
+
+
+@pytest.fixture
+def books(coder, tmp_path):
+    coder.save(tmp_path / "books.safetensors")
+    return tmp_path / "books.safetensors"
+
+
+@pytest.fixture
+def npy(vectors, tmp_path):
+    np.save(tmp_path / "x.npy", vectors)
+    return tmp_path / "x.npy"

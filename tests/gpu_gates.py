@@ -38,6 +38,11 @@ def cuda_sources() -> list[Path]:
     return sorted((ROOT / "csrc").glob("*.cu"))
 
 
+def cuda_glue() -> list[Path]:
+    """Return what registers the CUDA kernels with torch."""
+    return sorted((ROOT / "csrc").glob("*_torch_cuda.cpp"))
+
+
 def load(module: str) -> Any:
     """Import a module of kernels/."""
     return importlib.import_module(f"livrec_fast.kernels.{module}")

@@ -1,23 +1,17 @@
 """The benchmark harness: what it holds contestants to, how it times them, what it writes down."""
 
-import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-import livrec_fast.bench as bench
 from livrec_fast import BackendError
-from livrec_fast._files import replacing
 from livrec_fast.benchmarking import (
     Absent,
     Case,
@@ -31,35 +25,6 @@ from livrec_fast.benchmarking._clock import Bystanders, interleave, peak_extra_b
 from livrec_fast.benchmarking._results import add, floor_ms, merge, read
 
 ROOT = Path(__file__).parent.parent
-TOY = """
-    import torch
-    from livrec_fast.benchmarking import Absent, Case, Contestant
-
-    def cases(options):
-        def contestant(name, kind, add=0.0):
-            return Contestant(name, lambda inputs: lambda: inputs["x"] * 2 + add, kind)
-
-        yield Case(
-            op="double", label="toy", sizes={"n": 1000}, dtype=torch.float32,
-            make=lambda: {"x": torch.arange(1000.0)},
-            agree=lambda output, inputs: torch.testing.assert_close(output, inputs["x"] * 2),
-            contestants=[
-                contestant("native", "ours"), contestant("torch eager", "reference"),
-                contestant("rival", "peer", add=OFF), Absent("missing", "not installed"),
-            ],
-            bytes=8000, flops=1000,
-        )
-"""
-
-
-def toy(folder, off=0.0):
-    folder.mkdir(parents=True)
-    (folder / "bench_double.py").write_text(textwrap.dedent(TOY.replace("OFF", str(off))))
-    return folder
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(bench.command, [str(a) for a in arguments])
 
 
 def a_case(*contestants):
@@ -240,129 +205,6 @@ def test_results_keep_the_best_rate_and_other_cases(tmp_path):
     assert held["machine"]["copy_gb_s"] == 20.0
     assert [r["label"] for r in held["rows"]] == ["a", "b"]
     assert [p.name for p in tmp_path.iterdir()] == [f"{fast.slug}.json"]
-
-
-def test_replacing_keeps_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as file:
-        file.write(b"new")
-        file.flush()
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_replacing_by_name_where_files_need_one(tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-    test_replacing_keeps_the_old_file_when_it_fails(tmp_path)
-
-
-@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files have names here from the start")
-def test_replacing_leaves_nothing_when_killed(tmp_path):
-    code = """
-        import sys, time
-        from livrec_fast._files import replacing
-        with replacing(sys.argv[1]) as file:
-            file.write(b"half" * 10_000_000)
-            print("writing", flush=True)
-            time.sleep(60)
-    """
-    arguments = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "file")]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=variables) as process:
-        assert process.stdout.readline() == b"writing\n"
-        process.send_signal(signal.SIGKILL)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_command_prints_a_table_and_writes_the_rows(tmp_path):
-    result = invoke(
-        "--benches",
-        toy(tmp_path / "benches"),
-        "--out",
-        tmp_path / "out",
-        "--quick",
-        "--budget",
-        0.01,
-    )
-    assert result.exit_code == 0, result.output
-    assert "torch eager" in result.output and "absent: missing: not installed" in result.output
-    (path,) = (tmp_path / "out").iterdir()
-    assert path.name == f"{Machine().slug}.json"
-    assert [r["contestant"] for r in read(path)["rows"]] == [
-        "native",
-        "torch eager",
-        "rival",
-        "missing",
-    ]
-
-
-def test_command_prints_json(tmp_path):
-    result = invoke(
-        "--benches", toy(tmp_path / "b"), "--out", tmp_path, "--quick", "--json", "--op", "double"
-    )
-    assert [r["contestant"] for r in json.loads(result.stdout)][0] == "native"
-
-
-def test_command_fails_on_disagreement(tmp_path):
-    result = invoke("--benches", toy(tmp_path / "b", off=1.0), "--out", tmp_path / "out", "--quick")
-    assert result.exit_code == 1 and "rival is wrong" in result.output
-    assert not (tmp_path / "out").exists()
-
-
-def test_command_refuses_what_it_cannot_do(tmp_path, monkeypatch):
-    folder = toy(tmp_path / "b")
-    assert invoke("--benches", folder, "--op", "nothing").exit_code == 2
-    if not torch.cuda.is_available():
-        result = invoke("--benches", folder, "--device", "cuda")
-        assert result.exit_code == 2 and "no CUDA device" in result.output
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "_HERE", tmp_path / "nowhere")
-    result = invoke()
-    assert result.exit_code == 2 and "not part of the installed package" in result.output
-
-
-def test_report_writes_tables_and_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benches/report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    invoke(
-        "--benches", toy(tmp_path / "b"), "--out", tmp_path / "results", "--quick", "--budget", 0.01
-    )
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
-    arguments = ["--results", tmp_path / "results", "--out", tmp_path / "out", "--into", readme]
-    result = CliRunner().invoke(report.main, [str(a) for a in arguments])
-    assert result.exit_code == 0, result.output
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert (
-        "| `double` | toy, float32 | native |" in text
-        and "- absent: missing: not installed" in text
-    )
-    kinds = sorted(path.suffix for path in (tmp_path / "out").iterdir())
-    assert kinds == [".md", ".png", ".svg"]
-
-
-def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):
-    start = time.process_time()  # a busy machine stretches the wall's time
-    result = invoke(
-        "--op", "residual_kmeans", "--quick", "--budget", 0.05, "--out", tmp_path, "--device", "cpu"
-    )
-    assert result.exit_code == 0, result.output
-    assert time.process_time() - start < 40, "20 s on two cores"
-    (path,) = tmp_path.iterdir()
-    rows = read(path)["rows"]
-    assert len({row["label"] for row in rows}) == 2
-    for row in rows:
-        assert row.get("reason") or (row["p50_ms"] > 0 and row["rounds"] >= 5)
-    names = {row["contestant"] for row in rows}
-    assert names >= {"native", "torch eager", "torch.compile", "faiss RQ, LUT 0", "faiss RQ, LUT 1"}
 
 
 def test_options_know_the_threads():

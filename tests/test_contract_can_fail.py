@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from livrec_fast._dispatch import OPS, Backend, Op
 from livrec_fast.reference._oracle import Oracle, randn
@@ -15,6 +16,7 @@ from livrec_fast.testing import (
     check_repeat,
     check_strided,
     check_threads,
+    command,
     inputs_for,
     validate,
 )
@@ -269,3 +271,8 @@ def test_validate_reports_failures(toy, monkeypatch):
     assert (wrong["backend"], right["backend"]) == ("toy", "reference")
     assert any(text.startswith("check_forward, typical, float32") for text in wrong["failures"])
     assert right["failures"] == [] and right["checks"] > 10
+    done = CliRunner().invoke(command, ["--backend", "toy"])
+    assert done.exit_code == 1 and "failed" in done.output and "output 0: max error" in done.output
+    assert CliRunner().invoke(command, ["--backend", "reference"]).exit_code == 0
+    assert "'nop' is not one of" in CliRunner().invoke(command, ["--op", "nop"]).output
+    assert "no such backend" in CliRunner().invoke(command, ["--backend", "nop"]).output

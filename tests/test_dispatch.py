@@ -70,19 +70,18 @@ def encode(x=x, books=books, **options):
 
 
 def told(program, **variables):
-    """Return the last line that a piece of Python prints, or that it dies with."""
+    """Return the lines that a piece of Python prints, or that it dies with."""
     done = python(SETUP + program, **variables)
-    return (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+    return (done.stderr if done.returncode else done.stdout).strip().splitlines()
 
 
 @native
 def test_livrec_backend_forces_a_choice():
-    assert told("encode()") == "livrec.residual_kmeans_encode.native"
-    forced = {"LIVREC_BACKEND": "reference"}
-    assert told("encode()", **forced) == "livrec.residual_kmeans_encode.reference"
-    named = told("encode(backend='native')", **forced)
+    program = "print(explain(encode)); encode(); encode(backend='native')"
+    *_, explained, forced, named = told(program, LIVREC_BACKEND="reference")
+    assert explained.split() == ["reference", "chosen", "by", "LIVREC_BACKEND"]
+    assert forced == "livrec.residual_kmeans_encode.reference"
     assert named == "livrec.residual_kmeans_encode.native", "a name outranks the variable"
-    assert told("print(explain(encode))", **forced).endswith("chosen by LIVREC_BACKEND")
 
 
 def test_livrec_backend_never_falls_back():
@@ -90,26 +89,26 @@ def test_livrec_backend_never_falls_back():
         "try: encode(x.double(), [books[0].double()])\n"
         "except livrec_fast.BackendError as error: print(str(error).splitlines()[0])"
     )
-    line = told(program, LIVREC_BACKEND="native")
+    (line,) = told(program, LIVREC_BACKEND="native")
     assert line == "backend: 'native' (LIVREC_BACKEND) cannot run this."
 
 
 def test_a_bogus_livrec_backend_is_refused():
-    line = told("", LIVREC_BACKEND="nativ")
+    *_, line = told("", LIVREC_BACKEND="nativ")
     assert line.startswith("ValueError: LIVREC_BACKEND: must be one of auto, ")
     assert line.endswith("got 'nativ'")
 
 
 @native
-@pytest.mark.parametrize("level", livrec_fast._native.isa_levels())
-def test_livrec_cpu_isa_forces_a_level(level):
-    assert told("print(_native.isa())", LIVREC_CPU_ISA=level) == level
+def test_livrec_cpu_isa_forces_a_level():
+    lines = told("encode(); print(_native.isa())", LIVREC_CPU_ISA="baseline")
+    assert lines == ["livrec.residual_kmeans_encode.native", "baseline"]
 
 
 @native
-@pytest.mark.parametrize("level", ["avx9", "", "AVX2"])
+@pytest.mark.parametrize("level", ["avx9", ""])
 def test_a_bogus_livrec_cpu_isa_is_refused(level):
-    line = told("print(_native.isa())", LIVREC_CPU_ISA=level)
+    *_, line = told("print(_native.isa())", LIVREC_CPU_ISA=level)
     assert line.startswith("ValueError: LIVREC_CPU_ISA: must be one of baseline")
     assert line.endswith(f"got {level!r}")
 

@@ -15,6 +15,7 @@ from unittest import mock
 
 import gpu_gates as gates
 import pytest
+from torch.utils import cpp_extension
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
@@ -58,6 +59,17 @@ def test_cuda_kernels_do_not_spill(source, arch, tmp_path):
     spilled = dict(gates.spilled_bytes(gates.compile_cuda(source, arch, tmp_path)))
     assert spilled, "ptxas told of no kernel"
     assert not any(spilled.values()), spilled
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", gates.cuda_glue(), ids=lambda path: path.stem)
+def test_cuda_glue_compiles(source, tmp_path):
+    """It is built only with a CUDA torch; its headers come with every torch."""
+    headers = [f"-I{path}" for path in [*cpp_extension.include_paths(), source.parent]]
+    flags = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", *headers]
+    command = ["nvcc", "-c", str(source), "-o", str(tmp_path / "glue.o"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import ROOT, python
+from torch import Tensor
 
 from livrec_fast import BackendError, residual_kmeans_decode, residual_kmeans_encode
 from livrec_fast._native import isa, isa_levels, use_isa
@@ -74,10 +75,10 @@ def long_rows_and_many_levels(backend):
 
 
 def codes_take_the_smallest_type(backend):
-    for size, dtype in (
-        *((1, torch.uint8), (256, torch.uint8), (257, torch.int16)),
-        *((32768, torch.int16), (32769, torch.int32), (65536, torch.int32)),
-    ):
+    types = {1: torch.uint8, 256: torch.uint8, 257: torch.int16}
+    if backend != "triton":  # its interpreter takes a minute for these
+        types |= {32768: torch.int16, 32769: torch.int32, 65536: torch.int32}
+    for size, dtype in types.items():
         bits = torch.arange(size)[:, None] >> torch.arange(16) & 1
         book = 2.0 * bits - 1
         codes = encode(book[[0, -1]], [book[:1], book - book[:1]], backend)
@@ -182,135 +183,101 @@ def meta(tensor):
     return tensor.to("meta")
 
 
-def with_value(tensor, row, value):
-    changed = tensor.clone()
-    changed[row, 0] = value
-    return changed
+def with_value(row, value):
+    def change(tensor):
+        other = tensor.clone()
+        other[row, 0] = value
+        return other
+
+    return change
 
 
-_LEVEL = r"^codebooks\[0\]"
+def changed(name, change):
+    return lambda good: {name: change(good[name])}
+
+
+def book(level, change):
+    return changed("codebooks", lambda c: [*c[:level], change(c[level]), *c[level + 1 :]])
+
+
+_LEVEL = r"^codebooks\[0\]: "
 _BAD_CODEBOOKS = [
     ("codebooks: none", lambda g: {"codebooks": []}, ValueError, "^codebooks: at least one level"),
-    (
-        "codebooks: list",
-        lambda g: {"codebooks": [[1.0]]},
-        TypeError,
-        _LEVEL + ".* tensor, got list",
-    ),
-    (
-        "codebooks: integers",
-        lambda g: {"codebooks": [g["codebooks"][0].int(), *g["codebooks"][1:]]},
-        TypeError,
-        _LEVEL + ": dtype must be one of float32.*got int32",
-    ),
+    ("codebooks: list", book(0, Tensor.tolist), TypeError, _LEVEL + "must be a tensor, got list"),
+    ("codebooks: integers", book(0, Tensor.int), TypeError, _LEVEL + "dtype .* got int32"),
     (
         "codebooks: dtypes differ",
-        lambda g: {"codebooks": [*g["codebooks"][:-1], g["codebooks"][-1].half()]},
+        book(2, Tensor.half),
         TypeError,
         r"^codebooks\[2\]: dtype must be that of codebooks\[0\], torch.float32, got torch.float16",
     ),
+    ("codebooks: one dimension", book(0, lambda c: c[0]), ValueError, _LEVEL + r"shape.* \[32\]$"),
     (
-        "codebooks: one dimension",
-        lambda g: {"codebooks": [g["codebooks"][0][0], *g["codebooks"][1:]]},
+        "codebooks: empty",
+        book(0, lambda c: c[:0]),
         ValueError,
-        _LEVEL + r": shape must be \[N, .*\], got \[32\]",
-    ),
-    (
-        "codebooks: no codeword",
-        lambda g: {"codebooks": [g["codebooks"][0][:0], *g["codebooks"][1:]]},
-        ValueError,
-        _LEVEL + ": N must be 1 to 65536, got 0",
+        _LEVEL + "N must be 1 to 65536.* 0$",
     ),
     (
         "codebooks: too many codewords",
-        lambda g: {"codebooks": [torch.zeros(65537, 32), *g["codebooks"][1:]]},
+        book(0, lambda c: torch.zeros(65537, 32)),
         ValueError,
-        _LEVEL + ": N must be 1 to 65536, got 65537",
+        _LEVEL + "N must be 1 to 65536, got 65537$",
     ),
     (
         "codebooks: width",
-        lambda g: {"codebooks": [*g["codebooks"][:-1], g["codebooks"][-1][:, :31]]},
+        book(2, lambda c: c[:, :31]),
         ValueError,
-        r"^codebooks\[2\]: shape must be \[N, 32\], got \[34, 31\]",
+        r"^codebooks\[2\]: shape must be \[N, 32\], got \[34, 31\]$",
     ),
-    (
-        "codebooks: device",
-        lambda g: {"codebooks": [meta(book) for book in g["codebooks"]]},
-        ValueError,
-        _LEVEL + ": device must be that of (x|codes), cpu, got meta",
-    ),
+    ("codebooks: device", book(0, meta), ValueError, _LEVEL + "device .* (x|codes), cpu, got meta"),
 ]
 BAD_INPUTS = {
     "residual_kmeans_encode": [
         *_BAD_CODEBOOKS,
-        ("x: list", lambda g: {"x": g["x"].tolist()}, TypeError, "^x: must be a tensor, got list"),
-        ("x: integers", lambda g: {"x": g["x"].int()}, TypeError, "^x: dtype .* got int32"),
-        (
-            "x: one dimension",
-            lambda g: {"x": g["x"][0]},
-            ValueError,
-            r"^x: shape must be \[M, D\], got \[32\]",
-        ),
+        ("x: list", changed("x", Tensor.tolist), TypeError, "^x: must be a tensor, got list"),
+        ("x: integers", changed("x", Tensor.int), TypeError, "^x: dtype .* got int32"),
+        ("x: one dimension", changed("x", lambda x: x[0]), ValueError, r"^x: shape .* got \[32\]"),
         (
             "x: no column",
             lambda g: {"x": g["x"][:, :0], "codebooks": [b[:, :0] for b in g["codebooks"]]},
             ValueError,
             r"^x: D must be at least 1, got shape \[300, 0\]",
         ),
-        ("x: width", lambda g: {"x": g["x"][:, :31]}, ValueError, _LEVEL + r".*\[N, 31\], got"),
-        ("x: device", lambda g: {"x": meta(g["x"])}, ValueError, _LEVEL + ".*of x, meta, got cpu"),
-        (
-            "x: NaN",
-            lambda g: {"x": with_value(g["x"], 17, NAN)},
-            ValueError,
-            "^x: row 17 is not finite",
-        ),
-        (
-            "x: infinity",
-            lambda g: {"x": with_value(g["x"], 299, -INF)},
-            ValueError,
-            "^x: row 299 is not finite",
-        ),
+        ("x: width", changed("x", lambda x: x[:, :31]), ValueError, _LEVEL + r"shape .*\[N, 31\]"),
+        ("x: device", changed("x", meta), ValueError, _LEVEL + "device .* x, meta, got cpu"),
+        ("x: NaN", changed("x", with_value(17, NAN)), ValueError, "^x: row 17 is not finite"),
+        ("x: infinity", changed("x", with_value(299, -INF)), ValueError, "^x: row 299 is not fin"),
         ("backend", lambda g: {"backend": "cuda"}, BackendError, "cannot run this"),
     ],
     "residual_kmeans_decode": [
         *_BAD_CODEBOOKS,
-        (
-            "codes: list",
-            lambda g: {"codes": [[0]]},
-            TypeError,
-            "^codes: must be a tensor, got list",
-        ),
-        ("codes: floats", lambda g: {"codes": g["codes"].float()}, TypeError, "^codes: dtype"),
+        ("codes: list", changed("codes", Tensor.tolist), TypeError, "^codes: must be .* got list"),
+        ("codes: floats", changed("codes", Tensor.float), TypeError, "^codes: dtype .* float32"),
+        ("codes: device", changed("codes", meta), ValueError, _LEVEL + ".*codes, meta, got cpu"),
         (
             "codes: levels",
-            lambda g: {"codes": g["codes"][:, :2]},
+            changed("codes", lambda codes: codes[:, :2]),
             ValueError,
             r"^codes: shape must be \[M, 3\], got \[300, 2\]",
         ),
         (
             "codes: id = size",
-            lambda g: {"codes": with_value(g["codes"], 5, 40)},
+            changed("codes", with_value(5, 40)),
             IndexError,
             r"^codes: codes\[5, 0\] = 40 is outside \[0, 40\)",
         ),
         (
             "codes: huge id",
-            lambda g: {"codes": with_value(g["codes"].long(), 0, 2**62)},
+            changed("codes", lambda codes: with_value(0, 2**62)(codes.long())),
             IndexError,
             r"^codes: codes\[0, 0\] = 4611686018427387904 is outside",
         ),
         (
             "codes: negative id",
-            lambda g: {"codes": with_value(g["codes"], 299, -1)},
+            changed("codes", with_value(299, -1)),
             IndexError,
             r"^codes: codes\[299, 0\] = -1 is outside \[0, 40\)",
-        ),
-        (
-            "codes: device",
-            lambda g: {"codes": meta(g["codes"])},
-            ValueError,
-            _LEVEL + ".*of codes, meta, got cpu",
         ),
     ],
 }

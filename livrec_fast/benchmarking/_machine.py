@@ -8,13 +8,13 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import _native
+from ..info import cpu_name, version_of
 from ._clock import clock_of
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ class Machine:
     @property
     def name(self) -> str:
         """The processor's own name."""
-        return torch.cuda.get_device_name() if self.device == "cuda" else _cpu_name()
+        return torch.cuda.get_device_name() if self.device == "cuda" else cpu_name()
 
     @property
     def slug(self) -> str:
@@ -49,8 +49,8 @@ class Machine:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            "triton": _version("triton"),
-            "faiss": _version("faiss-cpu"),
+            "triton": version_of("triton"),
+            "faiss": version_of("faiss-cpu"),
             "commit": commit(),
         }
 
@@ -77,9 +77,7 @@ class Machine:
         runs: list[Callable[[], Any]] = [lambda: a @ b]
         all_cores = torch.get_num_threads() == os.cpu_count()
         if self.device == "cpu" and dtype == torch.float32 and all_cores:
-            runs.append(
-                lambda: a.numpy() @ b.numpy()
-            )  # its BLAS may be the better, but takes all cores
+            runs.append(lambda: a.numpy() @ b.numpy())  # may be the better, but takes all cores
         self._keep_best(f"matmul_{str(dtype)[6:]}_tflop_s", 2 * n**3 / 1e12, *runs)
 
     def _keep_best(self, name: str, amount: float, *runs: Callable[[], Any]) -> None:
@@ -104,19 +102,3 @@ def commit() -> str | None:
         return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()

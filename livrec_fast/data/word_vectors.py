@@ -1,4 +1,4 @@
-"""Frozen token vectors of a large language model (WordLlama), averaged into vectors of short texts."""
+"""Frozen token vectors of a language model (WordLlama), averaged into vectors of short texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WordVectors:
     tokenizer: Any
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the mean of each text's token vectors, [texts, D]; a text without tokens gives zeros."""
+        """Return the mean of each text's token vectors, [texts, D]; no tokens give zeros."""
         vectors = np.zeros((len(texts), self.table.shape[1]), dtype=np.float32)
         for row, encoding in enumerate(
             self.tokenizer.encode_batch(list(texts), add_special_tokens=False)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_choice, check_same, check_tensor
+from .._checks import FLOATS, check_choice, check_one_dtype, check_same, check_tensor
 from .._dispatch import Op
 from ..reference import contrastive as reference
+from ..reference._formula import wide_dtype
 
 _WIDE = (torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -46,9 +47,7 @@ _op = Op(
     "(Tensor query, Tensor key, Tensor temperature, bool normalize, bool symmetric, "
     "Tensor? query_ids, Tensor? key_ids, float? false_negative_threshold, Tensor? log_q, "
     "Tensor? valid, Tensor? extra_keys) -> Tensor",
-    fake=lambda query, *rest: query.new_empty(
-        (query.shape[0],), dtype=reference.wide_dtype(query.dtype)
-    ),
+    fake=lambda query, *rest: query.new_empty((query.shape[0],), dtype=wide_dtype(query.dtype)),
     reference=reference.in_batch_contrastive,
     check_values=_check_values,
     autocast=("query", "key", "extra_keys"),
@@ -137,7 +136,7 @@ def in_batch_contrastive(
     check_tensor("key", key, (batch, dim), FLOATS)
     if extra_keys is not None:
         check_tensor("extra_keys", extra_keys, ("E", dim), FLOATS)
-    _check_one_dtype(query=query, key=key, extra_keys=extra_keys)
+    check_one_dtype(query=query, key=key, extra_keys=extra_keys)
     keys = batch + (0 if extra_keys is None else extra_keys.shape[0])
     _check_vector("query_ids", query_ids, (batch,), (torch.int64,))
     _check_vector("key_ids", key_ids, (batch, keys), (torch.int64,))
@@ -171,14 +170,6 @@ def _reduce(losses: Tensor, weights: Tensor | None, valid: Tensor | None, reduct
         return weighted.sum()
     total = weights.sum()
     return weighted.sum() / total.masked_fill(total == 0, 1)
-
-
-def _check_one_dtype(**tensors: Tensor | None) -> None:
-    """Check that the tensors share a dtype, except where autocast is about to give them one."""
-    given = [tensor for tensor in tensors.values() if tensor is not None]
-    lowered = torch.is_autocast_enabled(given[0].device.type)
-    if not lowered or any(tensor.dtype == torch.float64 for tensor in given):
-        check_same("dtype", **tensors)
 
 
 def _check_vector(
@@ -218,4 +209,4 @@ def _as_tensor(temperature: Any, query: Tensor) -> Tensor:
         )
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: must be positive and finite, got {temperature}")
-    return query.new_full((), temperature, dtype=reference.wide_dtype(query.dtype))
+    return query.new_full((), temperature, dtype=wide_dtype(query.dtype))

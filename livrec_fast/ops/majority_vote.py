@@ -16,13 +16,25 @@ from .._checks import (
     check_same,
     check_tensor,
 )
-from .._dispatch import Op
+from .._dispatch import Backend, Op, refuse_cuda
 from ..reference import majority_vote as reference
 
 
 def _check_values(codes: Tensor, offsets: Tensor, levels: Sequence[int], rule: str) -> None:
     check_offsets(offsets, codes.shape[0])
     check_codes(codes, levels, least=-1)
+
+
+def _refuse_cuda(codes: Tensor, offsets: Tensor, levels: Sequence[int], rule: str) -> str | None:
+    if rule != "per_level":
+        return "votes by rule 'per_level' only"
+    if codes.dtype not in (torch.uint8, torch.int16, torch.int32):
+        return "takes codes of uint8, int16 or int32"
+    if codes.shape[0] >= 2**31:
+        return "counts positions in 32 bits: T must be below 2^31"
+    if len(levels) > 32 or sum(levels) > 12288:
+        return "counts in shared memory: at most 32 levels, 12,288 codewords in all"
+    return refuse_cuda(codes)
 
 
 _op = Op(
@@ -33,6 +45,7 @@ _op = Op(
     ),
     reference=reference.majority_vote,
     check_values=_check_values,
+    backends=(Backend("cuda", _refuse_cuda),),
     differentiable=False,
 )
 
@@ -62,18 +75,20 @@ def majority_vote(
         levels: (N_1, ..., N_L), 1 <= N_l <= 2^31.
         rule: "per_level" votes every level by itself, so that the voted tuple may be one that no
             slice has; "path" gives one that some slice has, as far as it is known.
-        backend: "auto" or "reference".
+        backend: "auto", "cuda" or "reference".
 
     Returns:
         [B, L]: int16 where every N_l <= 32,767, else int32. A level without votes gets -1: an empty
         history at every level; by "path", also all levels after one that got -1.
 
     Ties go to the codeword seen last (the largest position). Exact and deterministic. Not
-    differentiable. Workspace: O(T) integers, whatever the sizes N_l.
+    differentiable. Workspace: O(T) integers, whatever the sizes N_l; none with "cuda", which takes
+    rule "per_level" and levels of 12,288 codewords in all.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, level, rule or offset.
-        IndexError: a code out of range.
+        IndexError: a code out of range. With "cuda", where telling would stall the stream, such a
+        code casts no vote and a bad offset counts as the nearest in [0, T].
 
     Source: FLUID, section 3.2 (room-level codes); "path" answers section 3.3, by which a code has
     no meaning outside its prefix.

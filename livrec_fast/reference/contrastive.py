@@ -8,12 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._formula import wide_dtype
 from ._oracle import Oracle, randn
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of logits and losses: float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def in_batch_contrastive(

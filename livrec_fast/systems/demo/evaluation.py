@@ -81,7 +81,7 @@ def ranking_metrics(scores: np.ndarray, ratings: Ratings, blocks: Blocks) -> Met
 def retrieval_metrics(
     scores: np.ndarray, ratings: Ratings, blocks: Blocks, split_time: int
 ) -> Metrics:
-    """Return HR@k of the blocks' positives: all blocks with a history, and those of returning users.
+    """Return HR@k of the blocks' positives: of all with a history, and of returning users.
 
     A returning user has ratings from before the split; the others signed up after it.
     """

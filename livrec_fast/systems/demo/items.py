@@ -19,7 +19,7 @@ from ...data.movielens import Ratings
 from ...data.word_vectors import WordVectors
 from ...modules._quality import Quality
 from ...reference import residual_kmeans as reference
-from .measure import synchronize
+from .measure import OpTimer, synchronize
 
 ENCODE_REPEATS = 5
 
@@ -28,8 +28,9 @@ ENCODE_REPEATS = 5
 class Items:
     """Items and their codes, the same for both runs.
 
-    vectors: float32 [n, D]. codes: [n, L]. packed: uint8 [n, bytes]. fit_seconds, encode_seconds: by
-    backend. differing: items whose codes differ between the backends, all of them near ties.
+    vectors: float32 [n, D]. codes: [n, L]. packed: uint8 [n, bytes]. fit_seconds, encode_seconds:
+    by backend; backend: the one that auto ran. differing: items whose codes differ between the
+    backends, all of them near ties.
     neighbours: titles that share their first two codes, by those codes.
     """
 
@@ -40,12 +41,13 @@ class Items:
     quality: Quality
     fit_seconds: dict[str, float]
     encode_seconds: dict[str, float]
+    backend: str
     differing: int
     neighbours: dict[tuple[int, int], list[str]]
 
 
 def item_vectors(ratings: Ratings, words: WordVectors) -> np.ndarray:
-    """Return unit vectors [n, D]: a title's mean token vector plus its genres', each centred first."""
+    """Return unit vectors [n, D]: mean token vectors of title plus genres, each centred."""
     titles = [re.sub(r" \(\d{4}\)$", "", title) for title in ratings.titles]
     both = _unit(words.embed(titles)) + _unit(words.embed(ratings.genres))
     return _unit(both)
@@ -66,13 +68,14 @@ def make_items(
 ) -> Items:
     """Make vectors, fit the codebooks by either backend, and encode.
 
-    Both training runs use the codebooks that the reference has fitted, so that they start alike. The
-    codes of the two backends are held to the op's exactness rule; AssertionError says where they fail.
+    Both training runs use the codebooks that the reference has fitted, so that they start alike.
+    The codes of the two backends are held to the op's exactness rule; AssertionError says where
+    they fail.
     """
     vectors = torch.from_numpy(item_vectors(ratings, words)).to(device)
     quantizers, fit_seconds = {}, {}
     for backend in ("reference", "auto"):
-        quantizers[backend] = ResidualKMeans(levels, seed=seed, backend=backend)
+        quantizers[backend] = ResidualKMeans(levels, init="random", seed=seed, backend=backend)
         fit_seconds[backend] = _clock(partial(quantizers[backend].fit, vectors), device)
         on_fit()
     quantizer = quantizers["reference"]
@@ -83,8 +86,10 @@ def make_items(
         def encode(backend: str = backend) -> Tensor:
             return residual_kmeans_encode(vectors, books, backend=backend)
 
-        codes[backend] = encode()
+        with OpTimer(device) as timer:
+            codes[backend] = encode()
         encode_seconds[backend] = median(_clock(encode, device) for _ in range(ENCODE_REPEATS))
+    (ran,) = next(iter(timer.backends.values()))
     reference.agree(codes["auto"], {"x": vectors, "codebooks": books})
     packed = pack_codes(codes["reference"], levels)
     if not torch.equal(unpack_codes(packed, levels).long(), codes["reference"].long()):
@@ -97,6 +102,7 @@ def make_items(
         quantizer.quality(vectors),
         fit_seconds,
         encode_seconds,
+        ran,
         int((codes["auto"] != codes["reference"]).any(1).sum()),
         shared_prefixes(ratings.titles, codes["reference"].cpu().numpy()),
     )
@@ -105,13 +111,15 @@ def make_items(
 def shared_prefixes(
     titles: list[str], codes: np.ndarray, groups: int = 6, most: int = 6
 ) -> dict[tuple[int, int], list[str]]:
-    """Return the titles of the largest groups that share their first two codes, one per first code."""
+    """Return the titles of the largest groups that share their first two codes; no code twice."""
     found: dict[tuple[int, int], list[str]] = {}
     for title, (first, second) in zip(titles, codes[:, :2].tolist(), strict=True):
         found.setdefault((first, second), []).append(title)
     chosen: dict[tuple[int, int], list[str]] = {}
     for prefix in sorted(found, key=lambda prefix: (-len(found[prefix]), prefix)):
-        if len(chosen) < groups and all(prefix[0] != first for first, _ in chosen):
+        if len(chosen) < groups and not any(
+            prefix[0] == first or prefix[1] == second for first, second in chosen
+        ):
             chosen[prefix] = found[prefix][:most]
     return chosen
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,8 @@ class Part:
 class OpTimer(TorchDispatchMode):
     """Times each call of an operator of this package by the clock; all others pass through.
 
-    What an operator does inside is not seen, so that an op of many small steps is not slowed by being
-    watched. On a GPU the device is waited for before and after each of these operators.
+    What an operator does inside is not seen, so that an op of many small steps is not slowed by
+    being watched. On a GPU the device is waited for before and after each of these operators.
     """
 
     def __init__(self, device: torch.device):
@@ -74,15 +77,32 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> tuple[int, dic
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        with torch.profiler.record_function(STEP):
-            step()
+    with (
+        _quiet(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
+        torch.profiler.record_function(STEP),
+    ):
+        step()
         synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     return _peaks(events, kind=1 if device.type == "cuda" else 0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the profiler's C++ library says on standard error out of the progress bars."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _peaks(events: Sequence[dict[str, Any]], kind: int) -> tuple[int, dict[Part, int]]:

@@ -13,9 +13,9 @@ def mean_ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the chance that a positive outscores a negative, ties counting half; NaN with one class.
+    """Return the chance that a positive outscores a negative, ties counting half, or NaN.
 
-    AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N).
+    AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N); NaN where a class is missing.
     """
     positive = labels.astype(bool)
     p, n = int(positive.sum()), int((~positive).sum())
@@ -25,7 +25,7 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[float, int]:
-    """Return the mean AUC within groups, weighted by their rows, and how many groups have both classes."""
+    """Return the mean AUC within groups, weighted by rows, and how many have both classes."""
     order = np.argsort(groups, kind="stable")
     bounds = np.flatnonzero(np.diff(groups[order])) + 1
     total, rows, used = 0.0, 0, 0
@@ -39,10 +39,10 @@ def gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[fl
 def hit_rates(
     scores: np.ndarray, wanted: np.ndarray, seen: np.ndarray, ks: tuple[int, ...]
 ) -> dict[int, float]:
-    """Return HR@k: the share of a user's wanted items among the k best unseen ones, mean over users.
+    """Return HR@k: the share of wanted items among the k best unseen ones, mean over users.
 
-    scores: [users, items]. wanted, seen: bool [users, items]; seen items are not ranked. Ties go to the
-    lowest item. Users who want nothing are left out.
+    scores: [users, items]. wanted, seen: bool [users, items]; seen items are not ranked. Ties go to
+    the lowest item. Users who want nothing are left out.
     """
     ranked = np.where(seen, -np.inf, scores)
     order = np.argsort(-ranked, axis=1, kind="stable")[:, : max(ks)]

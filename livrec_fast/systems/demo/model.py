@@ -1,4 +1,4 @@
-"""A two-tower retriever and a ranker that know items by their codes and contents alone, without ids."""
+"""A two-tower retriever and a ranker that know items by codes, content and popularity: no ids."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Ranker(nn.Module):
         extra: Tensor,
         offsets: Tensor,
     ) -> Tensor:
-        """Score candidates: codes and content [B, C, *], extra features [B, C, 3]; returns [B, C]."""
+        """Score candidates [B, C] by their codes, content and extra features, [B, C, *] each."""
         item = torch.cat([codes, self.content(content)], 2)
         query = self.query(item)
         found = self.history(query.unflatten(2, (self.heads, -1)), columns, offsets)
@@ -104,8 +104,8 @@ class Ranker(nn.Module):
 class DemoModel(nn.Module):
     """Both models over one prefix n-gram embedding of the items' codes.
 
-    content: [n, D] frozen item vectors. packed: uint8 [n, bytes] their codes. codebooks: what codes stand
-    for. log_q: [n] log of an item's share of the training positives. backend: of every op.
+    content: [n, D] frozen item vectors. packed: uint8 [n, bytes] their codes. codebooks: what codes
+    stand for. log_q: [n] log of an item's share of the training positives. backend: of every op.
     """
 
     features: Tensor
@@ -150,7 +150,7 @@ class DemoModel(nn.Module):
         return self.two_tower.item(torch.cat([embedded, self.features[items]], 1))
 
     def users(self, batch: Batch, codes: Tensor) -> Tensor:
-        """Return user vectors of the two-tower, [B, tower], from the history and the liked part of it."""
+        """Return user vectors of the two-tower, [B, tower]: from the history and its liked part."""
         liked = codes.long().masked_fill((batch.stars < STARS - 2)[:, None], -1)
         pooled = prefix_ngram_lookup(
             liked, list(self.embedding.tables), self.levels, offsets=batch.offsets, pool="mean",
@@ -198,10 +198,10 @@ class DemoModel(nn.Module):
 
     @torch.no_grad()
     def history_features(self, batch: Batch, codes: Tensor) -> Tensor:
-        """Return [B, C, 3]: mean stars of the most similar history items, of all of them, and their number.
+        """Return [B, C, 3]: mean stars of the most similar history items and of all; the length.
 
-        Similarity is the candidate's content times the vector that the history item's codes stand for.
-        Stars are centred at 2.6 (of 0 to 4), their mean over all ratings; no history gives 0.
+        Similarity is the candidate's content times the vector that the history item's codes stand
+        for. Stars are centred at 2.6 (of 0 to 4), their mean over all ratings; no history gives 0.
         """
         books = [self.get_buffer(f"codebook_{level}") for level in range(len(self.levels))]
         query = self.features[batch.candidates][..., :-1].contiguous()

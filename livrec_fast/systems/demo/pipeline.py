@@ -15,7 +15,7 @@ from .evaluation import Metrics, baselines, evaluate, positive_counts
 from .items import Items, make_items
 from .model import DemoModel, Shape
 from .samples import Blocks, Split, chronological_split, training_batches
-from .training import Agreement, Run, compare, train
+from .training import Agreement, Run, Trainer, compare, train
 
 BACKENDS = ("reference", "auto")
 LEVELS = (512, 256, 128)
@@ -26,7 +26,11 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run of the demo does. users: blocks in a batch; candidates: ratings in a block, at most."""
+    """What a run of the demo does.
+
+    users: blocks in a batch. candidates: ratings in a block, at most. test_blocks: sampled for the
+    evaluation. tolerance: of the runs' losses at each step, relative.
+    """
 
     steps: int
     test_blocks: int
@@ -60,22 +64,30 @@ def run(ratings: Ratings, words: WordVectors, settings: Settings, progress: Prog
     clock = _Stages()
     device = settings.device
     advance = progress("codebooks", 2)
-    items = make_items(
-        ratings, words, LEVELS, settings.seed, device, on_fit=lambda: advance(1)
-    )
+    items = make_items(ratings, words, LEVELS, settings.seed, device, on_fit=lambda: advance(1))
     clock.lap("codebooks")
     split = chronological_split(ratings, settings.train_share, settings.candidates)
     tested = _sample(split.test, settings.test_blocks, settings.seed)
-    runs = {}
-    for backend in BACKENDS:
-        model = _new_model(items, ratings, split, backend, settings)
-        runs[backend] = _train(model, ratings, split, settings, progress(f"training, {backend}", settings.steps))
-        clock.lap(f"training, {backend}")
-        runs[backend].metrics = evaluate(
-            model, ratings, tested, split.time, settings.candidates, device,
-            progress(f"evaluation, {backend}", len(tested)),
+    trainers = [
+        Trainer(
+            _new_model(items, ratings, split, backend, settings),
+            device, settings.learning_rate, settings.steps,
+        )
+        for backend in BACKENDS
+    ]  # fmt: skip
+    batches = training_batches(
+        ratings, split.train, settings.candidates,
+        users=settings.users, steps=settings.steps, seed=settings.seed,
+    )  # fmt: skip
+    train(trainers, batches, progress("training, both", settings.steps))
+    clock.lap("training")
+    runs = {trainer.run.backend: trainer.run for trainer in trainers}
+    for trainer in trainers:
+        trainer.run.metrics = evaluate(
+            trainer.model, ratings, tested, split.time, settings.candidates, device,
+            progress(f"evaluation, {trainer.run.backend}", len(tested)),
         )  # fmt: skip
-        clock.lap(f"evaluation, {backend}")
+    clock.lap("evaluation")
     return Results(
         settings,
         ratings,
@@ -101,22 +113,6 @@ def _new_model(
             items.vectors, items.packed, items.codebooks, log_q, settings.shape, backend
         )
     return model.to(settings.device)
-
-
-def _train(
-    model: DemoModel,
-    ratings: Ratings,
-    split: Split,
-    settings: Settings,
-    advance: Callable[[int], None],
-) -> Run:
-    batches = training_batches(
-        ratings, split.train, settings.candidates,
-        users=settings.users, steps=settings.steps, seed=settings.seed,
-    )  # fmt: skip
-    return train(
-        model, batches, settings.steps, settings.device, settings.learning_rate, lambda _: advance(1)
-    )
 
 
 def _sample(blocks: Blocks, most: int, seed: int) -> Blocks:

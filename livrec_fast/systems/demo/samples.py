@@ -1,8 +1,8 @@
 """Samples in order of time: histories that end strictly before what is to be predicted.
 
-A block is up to C consecutive ratings of one user, who is scored on all of them at once. Its history is
-every rating of that user with a time strictly before the block's first, so that ratings of the same
-second never inform each other.
+A block is up to C consecutive ratings of one user, who is scored on all of them at once. Its
+history is every rating of that user with a time strictly before the block's first, so that ratings
+of the same second never inform each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ POSITIVE = 4.0  # stars from which a rating counts as positive
 
 @dataclass(frozen=True)
 class Blocks:
-    """Positions in the sorted ratings, int64 [blocks]: history [begin, end), candidates [first, last)."""
+    """Positions in the sorted ratings, int64 [blocks].
+
+    The history is [begin, end), the candidates are [first, last).
+    """
 
     begin: np.ndarray
     end: np.ndarray
@@ -49,7 +52,8 @@ class Split:
 class Batch:
     """Users with their histories and the candidates that share them.
 
-    history: int64 [T] items, stars: int64 [T] 0 to 4, offsets: int64 [B + 1]. candidates: int64 [B, C];
+    history: int64 [T] items, stars: int64 [T] 0 to 4, offsets: int64 [B + 1]. candidates: int64 [B,
+    C];
     valid: bool [B, C]; labels: float32 [B, C], 1 where the rating is positive.
     """
 

@@ -14,8 +14,6 @@ from .evaluation import KS
 from .measure import Part
 from .pipeline import Results
 
-DIGITS = 1024
-
 
 @dataclass(frozen=True)
 class Table:
@@ -63,33 +61,31 @@ def speed_table(results: Results) -> Table:
     """Return time and peak memory per op and per step, and the backend that `auto` ran."""
     reference, auto = results.runs["reference"], results.runs["auto"]
     rows = []
-    for part in sorted(set(reference.op_seconds) & set(auto.op_seconds)):
-        rows.append(
-            (
-                _name(part),
-                "+".join(sorted(auto.backends[part])),
-                *_pair(reference.op_ms(part), auto.op_ms(part), "{:.2f}"),
-                *_memory(reference.op_bytes.get(part), auto.op_bytes.get(part)),
-            )
-        )
-    rows.append(
-        (
-            "whole training step",
-            "",
-            *_pair(reference.step_ms(), auto.step_ms(), "{:.1f}"),
-            *_memory(reference.step_bytes, auto.step_bytes),
-        )
-    )
+    for part in shared_parts(results):
+        times = _pair(reference.op_ms(part), auto.op_ms(part), "{:.2f}")
+        bytes_ = _memory(reference.op_bytes.get(part), auto.op_bytes.get(part))
+        rows.append((_name(part), "+".join(sorted(auto.backends[part])), *times, *bytes_))
+    times = _pair(reference.step_ms(), auto.step_ms(), "{:.1f}")
+    rows.append(("training step", "", *times, *_memory(reference.step_bytes, auto.step_bytes)))
     items = results.items
     for name, seconds in (("fit", items.fit_seconds), ("encode", items.encode_seconds)):
-        pair = _pair(1000 * seconds["reference"], 1000 * seconds["auto"], "{:.1f}")
-        rows.append((f"residual k-means {name}, {len(items.codes):,} items", items.backend, *pair, "", "", ""))
-    heads = ("", "auto ran", "reference, ms", "auto, ms", "ratio", "reference, MB", "auto, MB", "ratio")
+        times = _pair(1000 * seconds["reference"], 1000 * seconds["auto"], "{:.1f}")
+        label = f"k-means {name}, all items"
+        rows.append((label, items.backend, *times, "", "", ""))
+    heads = ("", "ran", "ref. ms", "auto ms", "ratio", "ref. MB", "auto MB", "ratio")
     return Table("Time and peak memory per training step", heads, rows)
 
 
+def shared_parts(results: Results) -> list[Part]:
+    """Return what both runs have timed, each op's forward before its backward."""
+    timed = [set(run.op_seconds) for run in results.runs.values()]
+    return sorted(
+        set.intersection(*timed), key=lambda part: (part.op, part.direction == "backward")
+    )
+
+
 def _name(part: Part) -> str:
-    return part.op if part.direction == "forward" else f"{part.op}, backward"
+    return part.op if part.direction == "forward" else f"{part.op} grad"
 
 
 def _pair(reference: float, auto: float, form: str) -> tuple[str, str, str]:
@@ -105,22 +101,26 @@ def _memory(reference: int | None, auto: int | None) -> tuple[str, str, str]:
 def verdicts(results: Results) -> list[str]:
     """Say in sentences what the runs have shown, good or not."""
     agreement, runs = results.agreement, results.runs
+    word = "agree" if agreement.holds else "DISAGREE"
     said = [
-        f"The two runs {'agree' if agreement.holds else 'DISAGREE'}: over {len(runs['auto'].ranking)} steps "
-        f"the losses differ by at most {agreement.worst:.1e} relatively (step {agreement.step}; tolerance "
+        f"The two runs {word}: over {len(runs['auto'].ranking)} steps the losses differ by at most "
+        f"{agreement.worst:.1e} relatively (step {agreement.step}; tolerance "
         f"{agreement.tolerance:g})."
     ]
     if results.items.differing:
-        said.append(f"{results.items.differing} items have other codes by auto: near ties, within rounding.")
-    first, last = _ends(runs["auto"].ranking), _ends(runs["auto"].contrast)
+        said.append(
+            f"{results.items.differing} items have other codes by auto: near ties, within rounding."
+        )
+    ranking, contrast = _ends(runs["auto"].ranking), _ends(runs["auto"].contrast)
     said.append(
-        f"From the first to the last tenth of the steps the ranking loss goes from {first[0]:.4f} to "
-        f"{first[1]:.4f} and the contrastive loss from {last[0]:.3f} to {last[1]:.3f}."
+        "From the first to the last tenth of the steps the ranking loss goes from "
+        f"{ranking[0]:.4f} to {ranking[1]:.4f}, the contrastive loss from {contrast[0]:.3f} to "
+        f"{contrast[1]:.3f}."
     )
-    for name, text in (("AUC", "AUC"), ("GAUC", "GAUC"), ("HR@50", "HR@50")):
+    for name in ("AUC", "GAUC", "HR@50"):
         ours, base = runs["auto"].metrics[name], results.baselines[name]
         word = "above" if ours > base else "NOT above"
-        said.append(f"{text} is {word} its baseline: {ours:.4f} against {base:.4f}.")
+        said.append(f"{name} is {word} its baseline: {ours:.4f} against {base:.4f}.")
     return said
 
 

@@ -1,10 +1,10 @@
-"""One training run with one backend: its losses, its clock, its memory."""
+"""Training runs, one per backend: their losses, their clock, their memory."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from .measure import OpTimer, Part, peak_memory, synchronize
 from .model import DemoModel
 from .samples import Batch
 
-TIMED_EVERY = 5  # every so many steps the ops are timed; the others give the time of an undisturbed step
+TIMED_EVERY = 5  # the ops are timed in every fifth step; the others are undisturbed
 MEMORY_STEP = 3  # the step that is profiled for memory, in no timing
 
 
@@ -22,8 +22,8 @@ MEMORY_STEP = 3  # the step that is profiled for memory, in no timing
 class Run:
     """What one run has left.
 
-    ranking, contrast: loss per step. step_seconds: undisturbed steps only. op_seconds: per part, one sum
-    per timed step. backends: which ran, per part. step_bytes, op_bytes: peak memory.
+    ranking, contrast: loss per step. step_seconds: undisturbed steps only. op_seconds: per part,
+    one sum per timed step. backends: which ran, per part. step_bytes, op_bytes: peak memory.
     """
 
     backend: str
@@ -34,7 +34,6 @@ class Run:
     backends: dict[Part, set[str]] = field(default_factory=lambda: defaultdict(set))
     step_bytes: int = 0
     op_bytes: dict[Part, int] = field(default_factory=dict)
-    history_rows: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
     def losses(self) -> np.ndarray:
@@ -46,55 +45,62 @@ class Run:
         return 1000 * float(np.median(self.step_seconds))
 
     def op_ms(self, part: Part) -> float:
-        """Return the median over the timed steps of an op's total time in the step, in milliseconds."""
+        """Return the median over timed steps of an op's total time in a step, in milliseconds."""
         return 1000 * float(np.median(self.op_seconds[part]))
 
 
-def train(
-    model: DemoModel,
-    batches: Iterable[Batch],
-    steps: int,
-    device: torch.device,
-    learning_rate: float,
-    on_step: Callable[[Run], None],
-) -> Run:
-    """Train on every batch once, at a rate that falls linearly to 0; both losses are simply added."""
-    run = Run(model.backend)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, eps=1e-6, fused=True)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
-    model.train()
-    for number, batch in enumerate(batches):
-        batch = batch.to(device)
-        run.history_rows += len(batch.history)
+class Trainer:
+    """A model with its optimiser, stepped from outside: Adam, at a rate that falls linearly to 0."""
 
-        def step(batch: Batch = batch) -> None:
-            ranking, contrast = model(batch)
-            optimizer.zero_grad(set_to_none=True)
-            (ranking + contrast).backward()
-            optimizer.step()
-            run.ranking.append(ranking.item())
-            run.contrast.append(contrast.item())
+    def __init__(self, model: DemoModel, device: torch.device, learning_rate: float, steps: int):
+        self.model, self.device, self.run = model, device, Run(model.backend)
+        self._optimizer = torch.optim.Adam(
+            model.parameters(), lr=learning_rate, eps=1e-6, fused=True
+        )
+        self._decay = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda done: 1 - done / steps
+        )
 
+    def step(self, number: int, batch: Batch) -> None:
+        """Take one step, measured in the way that is due at this number."""
+        run = self.run
         if number == MEMORY_STEP:
-            run.step_bytes, run.op_bytes = peak_memory(step, device)
+            run.step_bytes, run.op_bytes = peak_memory(lambda: self._learn(batch), self.device)
         elif number % TIMED_EVERY == 0:
-            _timed(step, run, device)
+            with OpTimer(self.device) as timer:
+                self._learn(batch)
+            for part, seconds in timer.seconds.items():
+                run.op_seconds[part].append(seconds)
+                run.backends[part] |= timer.backends[part]
         else:
+            synchronize(self.device)
             begin = time.perf_counter()
-            step()
-            synchronize(device)
+            self._learn(batch)
+            synchronize(self.device)
             run.step_seconds.append(time.perf_counter() - begin)
-        decay.step()
-        on_step(run)
-    return run
+
+    def _learn(self, batch: Batch) -> None:
+        ranking, contrast = self.model(batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        (ranking + contrast).backward()
+        self._optimizer.step()
+        self._decay.step()
+        self.run.ranking.append(ranking.item())
+        self.run.contrast.append(contrast.item())
 
 
-def _timed(step: Callable[[], None], run: Run, device: torch.device) -> None:
-    with OpTimer(device) as timer:
-        step()
-    for part, seconds in timer.seconds.items():
-        run.op_seconds[part].append(seconds)
-        run.backends[part] |= timer.backends[part]
+def train(
+    trainers: Sequence[Trainer], batches: Iterable[Batch], on_step: Callable[[int], None]
+) -> None:
+    """Train all on the same batches, step by step in turns, so that none has the quieter machine.
+
+    Who goes first changes from step to step.
+    """
+    for number, batch in enumerate(batches):
+        batch = batch.to(trainers[0].device)
+        for trainer in trainers[:: 1 if number % 2 == 0 else -1]:
+            trainer.step(number, batch)
+        on_step(1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""`livrec-fast bench` and `benches/report.py`: what they print, write and refuse."""
+
+import importlib.util
+import json
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import livrec_fast.bench as bench
+from livrec_fast.benchmarking import (
+    Machine,
+)
+from livrec_fast.benchmarking._results import read
+
+ROOT = Path(__file__).parent.parent
+TOY = """
+    import torch
+    from livrec_fast.benchmarking import Absent, Case, Contestant
+
+    def cases(options):
+        def contestant(name, kind, add=0.0):
+            return Contestant(name, lambda inputs: lambda: inputs["x"] * 2 + add, kind)
+
+        yield Case(
+            op="double", label="toy", sizes={"n": 1000}, dtype=torch.float32,
+            make=lambda: {"x": torch.arange(1000.0)},
+            agree=lambda output, inputs: torch.testing.assert_close(output, inputs["x"] * 2),
+            contestants=[
+                contestant("native", "ours"), contestant("torch eager", "reference"),
+                contestant("rival", "peer", add=OFF), Absent("missing", "not installed"),
+            ],
+            bytes=8000, flops=1000,
+        )
+"""
+
+
+def toy(folder, off=0.0):
+    folder.mkdir(parents=True)
+    (folder / "bench_double.py").write_text(textwrap.dedent(TOY.replace("OFF", str(off))))
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(bench.command, [str(a) for a in arguments])
+
+
+def test_command_prints_a_table_and_writes_the_rows(tmp_path):
+    result = invoke(
+        "--benches",
+        toy(tmp_path / "benches"),
+        "--out",
+        tmp_path / "out",
+        "--quick",
+        "--budget",
+        0.01,
+    )
+    assert result.exit_code == 0, result.output
+    assert "torch eager" in result.output and "absent: missing: not installed" in result.output
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == f"{Machine().slug}.json"
+    assert [r["contestant"] for r in read(path)["rows"]] == [
+        "native",
+        "torch eager",
+        "rival",
+        "missing",
+    ]
+
+
+def test_command_prints_json(tmp_path):
+    result = invoke(
+        "--benches", toy(tmp_path / "b"), "--out", tmp_path, "--quick", "--json", "--op", "double"
+    )
+    assert [r["contestant"] for r in json.loads(result.stdout)][0] == "native"
+
+
+def test_command_fails_on_disagreement(tmp_path):
+    result = invoke("--benches", toy(tmp_path / "b", off=1.0), "--out", tmp_path / "out", "--quick")
+    assert result.exit_code == 1 and "rival is wrong" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_refuses_what_it_cannot_do(tmp_path, monkeypatch):
+    folder = toy(tmp_path / "b")
+    assert invoke("--benches", folder, "--op", "nothing").exit_code == 2
+    if not torch.cuda.is_available():
+        result = invoke("--benches", folder, "--device", "cuda")
+        assert result.exit_code == 2 and "no CUDA device" in result.output
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "_HERE", tmp_path / "nowhere")
+    result = invoke()
+    assert result.exit_code == 2 and "not part of the installed package" in result.output
+
+
+def test_report_writes_tables_and_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benches/report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    invoke(
+        "--benches", toy(tmp_path / "b"), "--out", tmp_path / "results", "--quick", "--budget", 0.01
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    arguments = ["--results", tmp_path / "results", "--out", tmp_path / "out", "--into", readme]
+    result = CliRunner().invoke(report.main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
+    assert (
+        "| `double` | toy, float32 | native |" in text
+        and "- absent: missing: not installed" in text
+    )
+    kinds = sorted(path.suffix for path in (tmp_path / "out").iterdir())
+    assert kinds == [".md", ".png", ".svg"]
+
+
+def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):
+    start = time.process_time()  # a busy machine stretches the wall's time
+    result = invoke(
+        "--op", "residual_kmeans", "--quick", "--budget", 0.05, "--out", tmp_path, "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    assert time.process_time() - start < 40, "20 s on two cores"
+    (path,) = tmp_path.iterdir()
+    rows = read(path)["rows"]
+    assert len({row["label"] for row in rows}) == 2
+    for row in rows:
+        assert row.get("reason") or (row["p50_ms"] > 0 and row["rounds"] >= 5)
+    names = {row["contestant"] for row in rows}
+    assert names >= {"native", "torch eager", "torch.compile", "faiss RQ, LUT 0", "faiss RQ, LUT 1"}
