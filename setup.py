@@ -131,7 +131,7 @@ def extension():
     if wants_cuda():
         make = cpp_extension.CUDAExtension
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-        sources += [*sorted(CSRC.glob("*_cuda.cpp")), *sorted(CSRC.glob("*_cuda.cu"))]
+        sources += [*sorted(CSRC.glob("*_torch_cuda.cpp")), *sorted(CSRC.glob("*_cuda.cu"))]
         names = "+".join(f"sm_{arch.replace('.', '')}" for arch in re.findall(r"[\d.]+a?", archs))
         macros += [("USE_CUDA", None), ("LIVREC_WITH_CUDA", None), ("LIVREC_CUDA_ARCHS", names)]
         flags["nvcc"] = ["-O3", "-Xcompiler=-fvisibility=hidden"]

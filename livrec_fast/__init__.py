@@ -1,4 +1,4 @@
-"""Fast kernels for live-streaming recommendation, with readable references and honest benchmarks."""
+"""Fast kernels for live-streaming recommendation, with readable references for each."""
 
 from ._dispatch import BackendError, explain
 from .modules.prefix_ngram import PrefixNgramEmbedding

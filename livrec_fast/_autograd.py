@@ -1,8 +1,9 @@
 """Gradients of an operator: how torch is told of them, and recomputation by the reference.
 
-The gradient of `livrec::<op>.<backend>` is an operator too, `livrec::<op>_backward.<backend>`, so that
-`torch.compile` sees one opaque node and C++ can implement it. Its arguments are the gradients of the
-outputs, the op's own arguments, its outputs, and for each input tensor whether its gradient is wanted.
+The gradient of `livrec::<op>.<backend>` is an operator too, `livrec::<op>_backward.<backend>`, so
+that `torch.compile` sees one opaque node and C++ can implement it. Its arguments are the gradients
+of the outputs, the op's own arguments, its outputs, and for each input tensor whether its gradient
+is wanted.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def with_tensors(args: Sequence[Any], tensors: Iterable[Any]) -> list[Any]:
 
 @contextmanager
 def plain_torch(device: torch.device) -> Iterator[None]:
-    """Compute as written: no autocast, and autograd alive even inside an operator's implementation.
+    """Compute as written: no autocast, and autograd alive even inside an operator.
 
-    Below the autograd dispatch key torch records nothing, and a recomputed graph would silently have
-    zero gradients; so the keys that were excluded on the way in are allowed again.
+    Below the autograd dispatch key torch records nothing, and a recomputed graph would silently
+    have zero gradients; so the keys that were excluded on the way in are allowed again.
     """
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -113,9 +114,9 @@ def register_gradient(
     inputs: str,
     backward: Callable[..., list[Tensor]] | None,
 ) -> None:
-    """Define `livrec::<name>_backward.<backend>` and make it the gradient of `livrec::<name>.<backend>`.
+    """Define `livrec::<name>_backward.<backend>` as the gradient of `livrec::<name>.<backend>`.
 
-    inputs: the op's argument list as its schema writes it. backward: None where C++ implements it.
+    inputs: the op's argument list as its schema writes it. backward: None where C++ has it.
     """
     qualified = f"{name}_backward.{backend}"
     library.define(
@@ -132,7 +133,8 @@ def register_gradient(
 
     def fake(grads: Any, *rest: Any) -> list[Tensor]:
         *args, _, needs = rest
-        return [t.new_empty(t.shape) for t, need in zip(tensors_of(args), needs, strict=True) if need]
+        given = zip(tensors_of(args), needs, strict=True)
+        return [tensor.new_empty(tensor.shape) for tensor, need in given if need]
 
     def refuse_twice(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"{name} can be differentiated once: its gradient has no gradient")
@@ -150,7 +152,10 @@ def register_gradient(
 
     torch.library.register_fake(f"livrec::{qualified}", fake, lib=library)
     torch.library.register_autograd(
-        f"livrec::{qualified}", refuse_twice, setup_context=lambda *args, **kwargs: None, lib=library
+        f"livrec::{qualified}",
+        refuse_twice,
+        setup_context=lambda *args, **kwargs: None,
+        lib=library,
     )
     torch.library.register_autograd(
         f"livrec::{name}.{backend}", gradient, setup_context=_save, lib=library
@@ -164,7 +169,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 
 def _per_tensor(args: Sequence[Any], per_argument: Sequence[Any]) -> list[bool]:
-    """Spread what torch says per argument (a list for a list, or one word for it) over the tensors."""
+    """Spread what torch says per argument, a list for a list or one word, over the tensors."""
     spread: list[bool] = []
     for arg, value in zip(args, per_argument, strict=True):
         count = len(tensors_of([arg]))

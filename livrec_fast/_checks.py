@@ -1,6 +1,7 @@
 """Argument checks shared by the ops. Each message names the argument, its value and the limit.
 
-Wrong types and dtypes raise TypeError, wrong shapes and offsets ValueError, ids out of range IndexError.
+Wrong types and dtypes raise TypeError, wrong shapes and offsets ValueError, ids out of range
+IndexError.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_tensor(name: str, value: Any, shape: Sequence[int | str], dtypes: Sequence[torch.dtype]) -> None:
+def check_tensor(
+    name: str, value: Any, shape: Sequence[int | str], dtypes: Sequence[torch.dtype]
+) -> None:
     """Check that `value` is a tensor of this shape and one of these dtypes.
 
     shape: an int where the size is fixed, a name where it is free, such as ("M", 256).
@@ -26,7 +29,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | str], dtypes: Sequ
         allowed = ", ".join(str(dtype)[6:] for dtype in dtypes)
         raise TypeError(f"{name}: dtype must be one of {allowed}, got {str(value.dtype)[6:]}")
     fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape)
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
     )
     if not fits:
         wanted = ", ".join(str(size) for size in shape)
@@ -82,7 +85,9 @@ def check_levels(
     if max(sizes) > most:
         raise ValueError(f"levels: each must be at most {most:,}, got {levels!r}")
     if depth is not None and len(sizes) != depth:
-        raise ValueError(f"levels: must have one size per column of codes, {depth}, got {len(sizes)}")
+        raise ValueError(
+            f"levels: must have one size per column of codes, {depth}, got {len(sizes)}"
+        )
     return sizes
 
 
@@ -120,6 +125,8 @@ def check_codes(codes: Tensor, sizes: Sequence[int], name: str = "codes", least:
 
 def check_finite(name: str, value: Tensor) -> None:
     """Check that no row of `value` has a NaN or an infinity."""
-    bad = (~value.isfinite()).flatten(1).any(1).nonzero() if value.numel() else []
+    if value.numel() == 0:
+        return
+    bad = (~value.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
         raise ValueError(f"{name}: row {int(bad[0])} is not finite")

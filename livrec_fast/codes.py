@@ -84,7 +84,7 @@ def fit(
         x = _draw(source, sample, seed)
         try:
             coder.fit(x, progress=Console().is_terminal)
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise BadFile(f"{vectors}: cannot be fitted: {error}") from error
         coder.save(out)
     left = coder.quality(x).relative_error[-1]
@@ -220,11 +220,11 @@ def _apply(
             raise BadFile(f"{path}: row {chunk.start + int(bad.argmax())} is not finite")
     try:
         return function(chunk.values)
-    except (ValueError, IndexError, RuntimeError):
+    except (ValueError, IndexError):
         for row in range(len(chunk.values)):
             try:
                 function(chunk.values[row : row + 1])
-            except (ValueError, IndexError, RuntimeError) as error:
+            except (ValueError, IndexError) as error:
                 why = str(error).rpartition("row 0 ")[2].replace("codes[0, ", "codes[")
                 raise BadFile(f"{path}: row {chunk.start + row}: {why}") from error
         raise

@@ -1,6 +1,5 @@
 """What the tests of `livrec-fast codes` share: running it, small files, and codebooks for them."""
 
-
 import numpy as np
 import pytest
 from click.testing import CliRunner

@@ -28,7 +28,9 @@ def make_wheel(folder: Path, content: dict[str, bytes] = CONTENT) -> Path:
 
 def wanted() -> Wheel:
     return Wheel(
-        "demo-data", "1.0", {name: hashlib.sha256(data).hexdigest() for name, data in CONTENT.items()}
+        "demo-data",
+        "1.0",
+        {name: hashlib.sha256(data).hexdigest() for name, data in CONTENT.items()},
     )
 
 
@@ -39,6 +41,7 @@ class Index:
         self.content, self.downloads = content, 0
 
     def __call__(self, wheel: Wheel, folder: Path) -> Path:
+        """Write the wheel."""
         self.downloads += 1
         return make_wheel(folder, self.content)
 
@@ -73,7 +76,9 @@ def test_a_corrupt_cache_is_fetched_again(tmp_path: Path, damage: str):
 
 def test_a_wrong_checksum_is_refused_and_nothing_is_kept(tmp_path: Path):
     index = Index({**CONTENT, "pack/deep/b.bin": b"something else"})
-    with pytest.raises(DataError, match=r"demo-data==1\.0: pack/deep/b\.bin has SHA-256 .* expected"):
+    with pytest.raises(
+        DataError, match=r"demo-data==1\.0: pack/deep/b\.bin has SHA-256 .* expected"
+    ):
         fetch(wanted(), tmp_path / "cache", index)
     assert files_under(tmp_path / "cache") == set()
 
@@ -124,7 +129,9 @@ def test_pip_failing_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_missing_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said = f"{sys.executable}: No module named pip\n"
     monkeypatch.setattr(
-        wheels.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1, "", said)
+        wheels.subprocess,
+        "run",
+        lambda *args, **kwargs: subprocess.CompletedProcess(args, 1, "", said),
     )
     with pytest.raises(DataError, match="ensurepip"):
         fetch(wanted(), tmp_path)

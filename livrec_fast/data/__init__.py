@@ -1,1 +1,1 @@
-"""livrec_fast.data"""
+"""Readers of public sets and of a user's own logs."""

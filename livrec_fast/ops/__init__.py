@@ -1,1 +1,1 @@
-"""The ops' faces: docstring, checks, schema, fake, gradients and ordered backends, a file per stem."""
+"""The ops' faces: docstring, checks, schema, fake, gradients and ordered backends, by stem."""

@@ -11,8 +11,6 @@ from .._checks import FLOATS, INTEGERS, check_codes, check_finite, check_same, c
 from .._dispatch import Backend, Op, refuse_native, refuse_triton
 from ..reference import residual_kmeans as reference
 
-_HALVES_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def _triton(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     from ..kernels import residual_kmeans as kernel
@@ -34,6 +32,23 @@ def _refuse_native(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
     return refuse_native(x)
 
 
+def _check_rows(x: Tensor, codebooks: Sequence[Tensor]) -> None:
+    """Check that each row is finite, and so short that no score along its way can overflow."""
+    check_finite("x", x)
+    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    limit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).max
+    for level, codebook in enumerate(codebooks):
+        longest = torch.linalg.vector_norm(codebook, dim=1, dtype=torch.float64).max()
+        bad = (length * longest + longest.square() > limit).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"x: row {int(bad[0])} is too large: at level {level} a residual as long as "
+                f"{length[bad[0, 0]]:.3g} times a codeword as long as {longest:.3g} may pass "
+                f"{limit:.3g}"
+            )
+        length = length + longest
+
+
 _encode = Op(
     "residual_kmeans_encode",
     "(Tensor x, Tensor[] codebooks) -> Tensor",
@@ -41,8 +56,8 @@ _encode = Op(
         (x.shape[0], len(codebooks)), dtype=reference.code_dtype(max(len(c) for c in codebooks))
     ),
     reference=reference.residual_kmeans_encode,
-    check_values=lambda x, codebooks: check_finite("x", x),
-    backends=(Backend("triton", _refuse_triton, _triton), Backend("native", _refuse_native)),
+    check_values=_check_rows,
+    backends=(Backend("native", _refuse_native), Backend("triton", _refuse_triton, _triton)),
     differentiable=False,
 )
 

@@ -1,4 +1,4 @@
-"""What a reference module says of each op besides its formula: how to make inputs, and when two agree."""
+"""What a reference says besides its formula: how to make inputs, and when two answers agree."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class Oracle:
     """The oracle of one public op.
 
     function: the formula; takes the arguments of torch's operator `livrec::<op>`.
-    make_inputs: `(generator, dtype, **sizes)` returns the keyword arguments of the public op, on the
-        CPU; device moves and gradients are the caller's.
+    make_inputs: `(generator, dtype, **sizes)` returns the keyword arguments of the public op, on
+        the CPU; device moves and gradients are the caller's.
     sizes: for every size that make_inputs takes, the least and the greatest that tests draw.
     cases: named corners, as sizes; "typical" is one of them.
     dtypes: floating dtypes that the op takes.
-    agree: `(output, inputs)` raises AssertionError where an output is wrong, for ops whose right answer
-        is not unique; None compares with the float64 formula by the tolerance rule (integers exactly).
+    agree: `(output, inputs)` raises AssertionError where an output is wrong, for ops whose right
+        answer is not unique; None compares with the float64 formula by the tolerance rule
+        (integers exactly).
     atol: absolute tolerance by dtype, added to twice the error of the formula in that dtype.
     """
 
@@ -37,7 +38,7 @@ class Oracle:
 
 
 def random_offsets(generator: torch.Generator, users: int, most: int) -> Tensor:
-    """Draw jagged offsets int64 [users + 1]: lengths 0..most, with some empty histories among them."""
+    """Draw jagged offsets int64 [users + 1]: lengths 0..most, some histories empty."""
     lengths = torch.randint(0, most + 1, (users,), generator=generator)
     if users > 1:
         lengths[torch.randint(0, users, (1,), generator=generator)] = 0
@@ -45,5 +46,5 @@ def random_offsets(generator: torch.Generator, users: int, most: int) -> Tensor:
 
 
 def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Draw normal values in float32 and round them to `dtype`, so that every dtype sees like data."""
+    """Draw normal values in float32 and round them to `dtype`: every dtype sees like data."""
     return torch.randn(shape, generator=generator).to(dtype)

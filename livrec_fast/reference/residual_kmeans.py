@@ -13,7 +13,7 @@ from ._oracle import Oracle, randn
 
 
 def code_dtype(most_codewords: int) -> torch.dtype:
-    """Return the smallest of uint8, int16 and int32 that holds the codes 0 .. most_codewords - 1."""
+    """Return the smallest of uint8, int16 and int32 that holds codes below most_codewords."""
     if most_codewords <= 256:
         return torch.uint8
     return torch.int16 if most_codewords <= 32768 else torch.int32
@@ -22,8 +22,9 @@ def code_dtype(most_codewords: int) -> torch.dtype:
 def residual_kmeans_encode(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     """c_l = argmin_j |r_(l-1) - C_l[j]|^2, lowest j on ties;  r_l = r_(l-1) - C_l[c_l];  r_0 = x.
 
-    |r - c|^2 = |r|^2 - 2 (r.c - |c|^2 / 2), and |r|^2 is the same for every j: the greatest bracket wins.
-    float16 and bfloat16 are computed in float32, as half precision cannot tell codewords apart.
+    |r - c|^2 = |r|^2 - 2 (r.c - |c|^2 / 2), and |r|^2 is the same for every j: the greatest
+    bracket wins. float16 and bfloat16 are computed in float32: half precision cannot tell codewords
+    apart.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     residual = x.to(wide)
@@ -64,14 +65,15 @@ def agree(codes: Tensor, inputs: dict[str, Any]) -> None:
     assert codes.dtype == code_dtype(max(len(codebook) for codebook in codebooks)), codes.dtype
     residual = inputs["x"].double()
     for level, (codebook, code) in enumerate(zip(codebooks, codes.long().T, strict=True)):
-        assert ((code >= 0) & (code < len(codebook))).all(), f"level {level}: a code is out of range"
+        inside = (code >= 0) & (code < len(codebook))
+        assert inside.all(), f"level {level}: a code is out of range"
         score = residual @ codebook.T - codebook.square().sum(1) / 2
         best, bound = score.max(1).values, 2 * rounding_bound(residual, codebook)
         short = best - score.gather(1, code[:, None])[:, 0]
         worst = int((short - bound).argmax()) if len(short) else 0
         assert (short <= bound).all(), (
-            f"level {level}, row {worst}: code {code[worst]} scores {short[worst]:.3g} less than the best; "
-            f"rounding explains {bound[worst]:.3g}"
+            f"level {level}, row {worst}: code {code[worst]} scores {short[worst]:.3g} less than "
+            f"the best; rounding explains {bound[worst]:.3g}"
         )
         residual = residual - codebook[code]
 
@@ -79,13 +81,15 @@ def agree(codes: Tensor, inputs: dict[str, Any]) -> None:
 def make_inputs(
     generator: torch.Generator, dtype: torch.dtype, *, M: int, D: int, L: int, N: int
 ) -> dict[str, Any]:
-    """Draw rows around the codewords, with level l's codebook a little smaller than level l - 1's."""
+    """Draw rows and codebooks, each level's a little smaller and nearer to 0 than the last."""
     sizes = [max(1, N - 3 * level) for level in range(L)]
     books = [randn(generator, dtype, n, D) / 2**level for level, n in enumerate(sizes)]
     return {"x": randn(generator, dtype, M, D), "codebooks": books}
 
 
-def make_decode_inputs(generator: torch.Generator, dtype: torch.dtype, **sizes: int) -> dict[str, Any]:
+def make_decode_inputs(
+    generator: torch.Generator, dtype: torch.dtype, **sizes: int
+) -> dict[str, Any]:
     """Draw codes and codebooks."""
     codebooks = make_inputs(generator, dtype, **sizes)["codebooks"]
     columns = [torch.randint(len(book), (sizes["M"],), generator=generator) for book in codebooks]
@@ -100,6 +104,8 @@ _CASES = {
     "wide codes": {"M": 40, "D": 16, "L": 2, "N": 300},
 }
 ORACLES = {
-    "residual_kmeans_encode": Oracle(residual_kmeans_encode, make_inputs, _SIZES, _CASES, agree=agree),
+    "residual_kmeans_encode": Oracle(
+        residual_kmeans_encode, make_inputs, _SIZES, _CASES, agree=agree
+    ),
     "residual_kmeans_decode": Oracle(residual_kmeans_decode, make_decode_inputs, _SIZES, _CASES),
 }

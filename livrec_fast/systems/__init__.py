@@ -1,1 +1,1 @@
-"""livrec_fast.systems"""
+"""Whole systems over the ops, end to end on real data."""

@@ -50,7 +50,7 @@ class Run:
 
 
 class Trainer:
-    """A model with its optimiser, stepped from outside: Adam, at a rate that falls linearly to 0."""
+    """A model with its optimiser, Adam at a rate that falls linearly to 0; stepped from outside."""
 
     def __init__(self, model: DemoModel, device: torch.device, learning_rate: float, steps: int):
         self.model, self.device, self.run = model, device, Run(model.backend)
