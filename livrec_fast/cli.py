@@ -6,6 +6,8 @@ from importlib import import_module
 
 import click
 
+from . import __version__
+
 COMMANDS = {
     "demo": "livrec_fast.systems.demo.command",
     "info": "livrec_fast.info",
@@ -26,6 +28,6 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="livrec-fast")
+@click.version_option(__version__, prog_name="livrec-fast")
 def main() -> None:
     """Fast kernels for live-streaming recommendation: see them work, check them, time them."""

@@ -88,7 +88,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert result.exit_code == 0, result.output
     for said in (
         "relative error",
-        "The two runs agree: over 12 steps",
+        "The two runs agree over 12 steps",
         "GAUC",
         "code_attention grad",
     ):
@@ -269,9 +269,13 @@ def test_peak_memory_counts_the_step_and_its_ops():
 def test_comparing_runs_finds_the_worst_step():
     one = Run("reference", ranking=[1.0, 2.0, 4.0], contrast=[1.0, 1.0, 1.0])
     other = Run("auto", ranking=[1.0, 2.0, 4.4], contrast=[1.0, 1.01, 1.0])
-    found = compare(one, other, 0.05)
-    assert (found.step, found.worst, found.holds) == (2, pytest.approx(0.1), False)
-    assert compare(one, one, 0.0).holds
-    assert not compare(one, Run("auto", [1.0, 2.0, float("nan")], [1.0] * 3), 0.05).holds
+    found = compare(one, other, {"ranking": 0.05, "contrast": 0.05})
+    assert found.step == {"ranking": 2, "contrast": 1}
+    assert found.worst == pytest.approx({"ranking": 0.1, "contrast": 0.01})
+    assert not found.holds
+    assert compare(one, other, {"ranking": 0.2, "contrast": 0.05}).holds
+    assert compare(one, one, {"ranking": 0.0, "contrast": 0.0}).holds
+    broken = Run("auto", [1.0, 2.0, float("nan")], [1.0] * 3)
+    assert not compare(one, broken, {"ranking": 0.05, "contrast": 0.05}).holds
     with pytest.raises(ValueError, match="as many steps"):
-        compare(one, Run("auto", [1.0], [1.0]), 0.05)
+        compare(one, Run("auto", [1.0], [1.0]), {"ranking": 0.05})

@@ -13,8 +13,8 @@ native = pytest.mark.skipif(livrec_fast._native.MISSING is not None, reason="no 
 
 TABLE = """residual_kmeans_encode(x=float32[5, 4] on cpu, codebooks=[float32[4, 4] on cpu, \
 float32[3, 4] on cpu])
-  triton     runs on CUDA tensors only
   native     chosen by auto
+  triton     runs on CUDA tensors only
   reference  could run it"""
 
 
@@ -41,7 +41,7 @@ def test_a_named_backend_never_falls_back():
     lines = str(caught.value).splitlines()
     assert lines[0] == "backend: 'native' cannot run this."
     assert lines[1].startswith("residual_kmeans_encode(x=float64[5, 4] on cpu, codebooks=[float64")
-    assert [line.split(maxsplit=1)[0] for line in lines[2:]] == ["triton", "native", "reference"]
+    assert [line.split(maxsplit=1)[0] for line in lines[2:]] == ["native", "triton", "reference"]
     assert lines[2].endswith("computes in float32; x is float64")
     assert lines[3].endswith("computes in float32; x is float64")
     assert lines[4].endswith("chosen by auto")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def read(item_file: Path, inter_file: Path) -> Ratings:
     )
 
 
-def _table(path: Path, columns: tuple[str, ...], text: tuple[str, ...]):
+def _table(path: Path, columns: tuple[str, ...], text: tuple[str, ...]) -> Any:
     from pyarrow import csv, string
 
     def name_and_type(head: str) -> str:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
 
 from ...data.wheels import DataError, default_cache
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .pipeline import Results
 
 STEPS, QUICK_STEPS = 800, 100
 TEST_BLOCKS, QUICK_TEST_BLOCKS = 4000, 800
@@ -89,7 +96,7 @@ def _require(*modules: str) -> None:
         )
 
 
-def _bars(console):
+def _bars(console: Console) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -103,12 +110,12 @@ def _bars(console):
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
 
 
-def _stage(bars, name: str, total: int) -> Callable[[int], None]:
+def _stage(bars: Progress, name: str, total: int) -> Callable[[int], None]:
     task = bars.add_task(name, total=total)
     return lambda units: bars.advance(task, units)
 
 
-def _show(console, results) -> None:
+def _show(console: Console, results: Results) -> None:
     from rich.table import Table
 
     from .table import code_table, quality_table, speed_table, verdicts

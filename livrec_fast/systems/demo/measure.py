@@ -111,7 +111,8 @@ def _peaks(events: Sequence[dict[str, Any]], kind: int) -> tuple[int, dict[Part,
         for event in events
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind
     )
-    whole, ops = 0, defaultdict(int)
+    whole = 0
+    ops: dict[Part, int] = defaultdict(int)
     for event in events:
         name = event.get("name", "")
         if event.get("cat") not in ("cpu_op", "user_annotation"):

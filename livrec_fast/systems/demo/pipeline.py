@@ -20,6 +20,11 @@ from .training import Agreement, Run, Trainer, compare, train
 BACKENDS = ("reference", "auto")
 LEVELS = (512, 256, 128)
 
+# Relative, of the losses at each step. Rounding of 1e-7 grows to 1e-5 in the ranking loss over 800
+# steps. It moves the contrastive loss by up to 3e-4 in steps where the cosine of two users lies so
+# near the false-negative threshold that rounding decides whether they mask each other.
+TOLERANCE = {"ranking": 2e-4, "contrast": 2e-3}
+
 # (stage, total units) opens a progress bar; the function it returns advances it by some units.
 Progress = Callable[[str, int], Callable[[int], None]]
 
@@ -29,7 +34,7 @@ class Settings:
     """What a run of the demo does.
 
     users: blocks in a batch. candidates: ratings in a block, at most. test_blocks: sampled for the
-    evaluation. tolerance: of the runs' losses at each step, relative.
+    evaluation.
     """
 
     steps: int
@@ -40,7 +45,6 @@ class Settings:
     candidates: int = 16
     train_share: float = 0.8
     learning_rate: float = 5e-3
-    tolerance: float = 1e-3
     shape: Shape = Shape()
 
 
@@ -96,7 +100,7 @@ def run(ratings: Ratings, words: WordVectors, settings: Settings, progress: Prog
         items,
         runs,
         baselines(ratings, tested, split),
-        compare(runs["reference"], runs["auto"], settings.tolerance),
+        compare(runs["reference"], runs["auto"], TOLERANCE),
         clock.seconds,
     )
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from .pipeline import Results
 from .table import shared_parts
+from .training import differences
 
 COLOURS = {"reference": "#8a8f98", "auto": "#c2410c"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -88,14 +89,13 @@ def _losses(results: Results) -> Any:
             )
         axis.set(title=f"{title}, moving mean", xlabel="step")
     axes[0].legend()
-    expected, found = runs["reference"].losses(), runs["auto"].losses()
-    difference = np.abs(found - expected) / np.maximum(np.abs(expected), 0.01)
-    for column, (label, colour) in enumerate((("ranking", "#1d4ed8"), ("contrastive", "#a16207"))):
-        shown = np.maximum(difference[:, column], 1e-9)
-        axes[2].plot(shown, label=label, color=colour, linewidth=1.6 - column)
-    axes[2].axhline(results.agreement.tolerance, color="black", linestyle="--", linewidth=0.8)
+    for name, colour in (("ranking", "#1d4ed8"), ("contrast", "#a16207")):
+        shown = np.maximum(differences(runs["reference"], runs["auto"], name), 1e-9)
+        axes[2].plot(shown, label=name, color=colour, linewidth=0.8)
+        limit = results.agreement.tolerance[name]
+        axes[2].axhline(limit, color=colour, linestyle="--", linewidth=0.8)
     axes[2].set(
-        title="relative difference; dashed: tolerance",
+        title="relative difference; dashed: tolerances",
         xlabel="step",
         yscale="log",
         ylim=(5e-10, 1e-1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def _image(png: bytes, name: str) -> str:
 
 
 def _table(table: Table) -> str:
-    def row(cells, tag: str) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     rows = "".join(row(cells, "td") for cells in table.rows)

@@ -14,6 +14,8 @@ from .evaluation import KS
 from .measure import Part
 from .pipeline import Results
 
+_LOSSES = {"ranking": "the ranking loss", "contrast": "the contrastive loss"}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -102,11 +104,12 @@ def verdicts(results: Results) -> list[str]:
     """Say in sentences what the runs have shown, good or not."""
     agreement, runs = results.agreement, results.runs
     word = "agree" if agreement.holds else "DISAGREE"
-    said = [
-        f"The two runs {word}: over {len(runs['auto'].ranking)} steps the losses differ by at most "
-        f"{agreement.worst:.1e} relatively (step {agreement.step}; tolerance "
-        f"{agreement.tolerance:g})."
-    ]
+    steps = len(runs["auto"].ranking)
+    limits = ", ".join(
+        f"{_LOSSES[name]} differs by at most {worst:.1e} (tolerance {agreement.tolerance[name]:g})"
+        for name, worst in agreement.worst.items()
+    )
+    said = [f"The two runs {word} over {steps} steps. Relatively, {limits}."]
     if results.items.differing:
         said.append(
             f"{results.items.differing} items have other codes by auto: near ties, within rounding."

@@ -36,10 +36,6 @@ class Run:
     op_bytes: dict[Part, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def losses(self) -> np.ndarray:
-        """Return both losses, [steps, 2]."""
-        return np.stack([self.ranking, self.contrast], 1)
-
     def step_ms(self) -> float:
         """Return the median time of an undisturbed step, in milliseconds."""
         return 1000 * float(np.median(self.step_seconds))
@@ -105,24 +101,33 @@ def train(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two runs compare, step by step: the greatest relative difference of a loss, and where."""
+    """How the losses of two runs compare, step by step.
 
-    worst: float
-    step: int
-    tolerance: float
+    worst: by loss, the greatest relative difference. step: where that is. tolerance: its limit.
+    """
+
+    worst: dict[str, float]
+    step: dict[str, int]
+    tolerance: dict[str, float]
 
     @property
     def holds(self) -> bool:
-        """Return whether every step is within the tolerance; a NaN is not."""
-        return self.worst <= self.tolerance
+        """Return whether both losses are within their tolerance at every step; a NaN is not."""
+        return all(self.worst[name] <= limit for name, limit in self.tolerance.items())
 
 
-def compare(reference: Run, other: Run, tolerance: float) -> Agreement:
-    """Compare both losses of all steps: |a - r| / max(|r|, 0.01)."""
-    expected, found = reference.losses(), other.losses()
-    if expected.shape != found.shape:
+def differences(reference: Run, other: Run, name: str) -> np.ndarray:
+    """Return |a - r| / max(|r|, 0.01) of a loss at each step, infinite where that is no number."""
+    expected, found = np.array(getattr(reference, name)), np.array(getattr(other, name))
+    if len(expected) != len(found):
         raise ValueError(f"runs: must have as many steps, got {len(expected)} and {len(found)}")
     difference = np.abs(found - expected) / np.maximum(np.abs(expected), 0.01)
-    difference = np.where(np.isfinite(difference), difference, np.inf).max(1)
-    step = int(difference.argmax())
-    return Agreement(float(difference[step]), step, tolerance)
+    return np.where(np.isfinite(difference), difference, np.inf)
+
+
+def compare(reference: Run, other: Run, tolerance: dict[str, float]) -> Agreement:
+    """Compare the losses that `tolerance` names at all steps."""
+    found = {name: differences(reference, other, name) for name in tolerance}
+    worst = {name: float(difference.max()) for name, difference in found.items()}
+    step = {name: int(difference.argmax()) for name, difference in found.items()}
+    return Agreement(worst, step, tolerance)
