@@ -34,7 +34,7 @@ class Shape:
     tower: int = 64
     nearest: int = 16
     max_rows: int = 65536
-    false_negative: float = 0.98
+    false_negative: float = 0.995
 
 
 class CodeHistory(nn.Module):
