@@ -44,6 +44,8 @@ def command(
         holds = _run(quick, out, cache or default_cache(), seed, chosen, steps)
     except DataError as error:
         raise click.ClickException(str(error)) from None
+    except AssertionError as error:
+        raise click.ClickException(f"the backends disagree on the codes: {error}") from error
     click.echo(f"{time.perf_counter() - begin:.0f} s in all. Report: {out / 'report.html'}")
     if not holds:
         raise click.ClickException("the two runs disagree: see the report")

@@ -79,24 +79,13 @@ def make_items(
         fit_seconds[backend] = _clock(partial(quantizers[backend].fit, vectors), device)
         on_fit()
     quantizer = quantizers["reference"]
-    books = quantizer.codebooks
-    codes, encode_seconds = {}, {}
-    for backend in ("reference", "auto"):
-
-        def encode(backend: str = backend) -> Tensor:
-            return residual_kmeans_encode(vectors, books, backend=backend)
-
-        with OpTimer(device) as timer:
-            codes[backend] = encode()
-        encode_seconds[backend] = median(_clock(encode, device) for _ in range(ENCODE_REPEATS))
-    (ran,) = next(iter(timer.backends.values()))
-    reference.agree(codes["auto"], {"x": vectors, "codebooks": books})
+    codes, encode_seconds, ran = _encode_twice(vectors, quantizer.codebooks, device)
     packed = pack_codes(codes["reference"], levels)
     if not torch.equal(unpack_codes(packed, levels).long(), codes["reference"].long()):
         raise AssertionError("packed codes do not unpack to what they were packed from")
     return Items(
         vectors,
-        books,
+        quantizer.codebooks,
         codes["reference"],
         packed,
         quantizer.quality(vectors),
@@ -106,6 +95,21 @@ def make_items(
         int((codes["auto"] != codes["reference"]).any(1).sum()),
         shared_prefixes(ratings.titles, codes["reference"].cpu().numpy()),
     )
+
+
+def _encode_twice(
+    vectors: Tensor, books: list[Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, float], str]:
+    """Return codes and median seconds by backend, and the backend that auto ran."""
+    codes, seconds = {}, {}
+    for backend in ("reference", "auto"):
+        encode = partial(residual_kmeans_encode, vectors, books, backend=backend)
+        with OpTimer(device) as timer:
+            codes[backend] = encode()
+        seconds[backend] = median(_clock(encode, device) for _ in range(ENCODE_REPEATS))
+    reference.agree(codes["auto"], {"x": vectors, "codebooks": books})
+    (ran,) = next(iter(timer.backends.values()))
+    return codes, seconds, ran
 
 
 def shared_prefixes(

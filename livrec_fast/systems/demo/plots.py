@@ -100,7 +100,7 @@ def _losses(results: Results) -> Any:
         yscale="log",
         ylim=(5e-10, 1e-1),
     )
-    axes[2].legend(loc="lower right")
+    axes[2].legend(loc="upper right", ncols=2)
     return figure
 
 

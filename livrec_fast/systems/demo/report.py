@@ -26,20 +26,7 @@ def write_report(results: Results, path: Path) -> None:
 
 def _sections(results: Results) -> list[str]:
     images = {name: _image(png, name) for name, png in plots(results).items()}
-    quality, tested, ratings = results.items.quality, results.tested, results.ratings
-    codes = texts.CODES.format(
-        dim=results.items.vectors.shape[1],
-        unique=quality.unique_rate,
-        collisions=quality.collisions,
-    )
-    task = texts.TASK.format(
-        share=results.settings.train_share,
-        ratings=len(ratings.item),
-        candidates=results.settings.candidates,
-        mean=float((tested.end - tested.begin).mean()),
-        longest=int(np.bincount(ratings.user).max()),
-    )
-    metrics = texts.METRICS.format(blocks=len(tested), items=len(ratings.titles))
+    codes, task, metrics = _explanations(results)
     said = "".join(f"<li>{escape(line)}</li>" for line in verdicts(results))
     failed = "" if results.agreement.holds else ' class="fail"'
     return [
@@ -63,8 +50,27 @@ def _sections(results: Results) -> list[str]:
         "<h2>The run</h2>",
         f"<p>{_settings(results)}</p>",
         "<h2>Data and licences</h2>",
-        f"<p>{texts.SOURCES.format(dropped=ratings.unmatched)}</p>",
+        f"<p>{texts.SOURCES.format(dropped=results.ratings.unmatched)}</p>",
     ]
+
+
+def _explanations(results: Results) -> tuple[str, str, str]:
+    """Fill in what is said of the codes, the task and the metrics."""
+    quality, tested, ratings = results.items.quality, results.tested, results.ratings
+    codes = texts.CODES.format(
+        dim=results.items.vectors.shape[1],
+        unique=quality.unique_rate,
+        collisions=quality.collisions,
+    )
+    task = texts.TASK.format(
+        share=results.settings.train_share,
+        ratings=len(ratings.item),
+        candidates=results.settings.candidates,
+        mean=float((tested.end - tested.begin).mean()),
+        longest=int(np.bincount(ratings.user).max()),
+    )
+    metrics = texts.METRICS.format(blocks=len(tested), items=len(ratings.titles))
+    return codes, task, metrics
 
 
 def _image(png: bytes, name: str) -> str:
