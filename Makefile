@@ -47,8 +47,9 @@ demo: native  ## see the ops work on real data; writes out/demo/report.html
 test: native  ## run the tests
 	$(RUN) pytest $(ARGS)
 
-bench: native  ## time the ops against their peers; writes benches/results/<device>.json
+bench: native  ## time the ops against their peers; writes benches/results/<device>.json, out/bench/
 	$(RUN) livrec_fast bench $(ARGS)
+	$(PY) benches/report.py
 
 gpu:  ## on a GPU machine: build, test and time everything (WHEELS=folder: with the wheels in it)
 	@$(if $(CUDA),,echo "$(PYTHON) has no CUDA torch (2.11 or later) to use" && exit 1;) \

@@ -1,7 +1,7 @@
 """Tables and pictures of benches/results/*.json: `python benches/report.py [--into README.md]`.
 
-Writes out/bench/report.md, and per machine and op a bar plot, PNG and SVG. With --into, the tables
-take the place of what stands between the markers in that file.
+Writes out/bench/report.md, and per machine and op a bar plot, PNG and SVG. With --into, a summary
+takes the place of what stands between the markers in that file.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def main(results: Path, out: Path, into: Path | None) -> None:
     if not files:
         raise click.UsageError(f"--results: no *.json in {results}")
     out.mkdir(parents=True, exist_ok=True)
-    sections = []
+    sections, summaries = [], []
     for file in files:
         held = json.loads(file.read_text())
         sections.append(section(held["machine"], held["rows"]))
+        summaries.append(summary(held["machine"], held["rows"]))
         for op, cases in grouped(held["rows"]).items():
             for suffix in ("png", "svg"):
                 plot(op, cases, held["machine"], out / f"{file.stem}-{op}.{suffix}")
-    text = "\n".join(sections)
-    (out / "report.md").write_text(text)
+    (out / "report.md").write_text("\n".join(sections))
     if into is not None:
-        into.write_text(replaced(into.read_text(), text))
+        into.write_text(replaced(into.read_text(), "\n".join(summaries)))
     click.echo(f"written: {out}")
 
 
@@ -68,8 +68,37 @@ def section(machine: dict[str, Any], rows: Sequence[Row]) -> str:
         for case, members in cases.items():
             lines += [f"| {cells} |" for cells in table_lines(op, case, members, machine)]
     reasons = sorted({f"{row['contestant']}: {row['reason']}" for row in rows if "reason" in row})
-    lines += ["", *(f"- absent: {reason}" for reason in reasons), ""]
+    lines += ["", *(f"- absent: {reason}" for reason in reasons)]
+    lines += [
+        "- of floor: above 100% where a kernel outruns the library that measured the rate",
+        "",
+    ]
     return "\n".join(lines)
+
+
+def summary(machine: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Write one machine's Markdown in a line per case: our time, and everybody's as a multiple."""
+    lines = [f"**{machine['device']}**: {', '.join(facts(machine, rows))}.", ""]
+    lines += ["| op | case | ours, ms | the others' times, ours = 1 | extra MB, ours and theirs |"]
+    lines += ["|---|---|--:|---|---|"]
+    for op, cases in grouped(rows).items():
+        for case, members in cases.items():
+            ran = [row for row in members if "p50_ms" in row]
+            best = first_of_ours(ran)
+            if best is None:
+                continue
+            others = [row for row in ran if row is not best]
+            times = "; ".join(
+                f"{row['contestant']} {row['p50_ms'] / best['p50_ms']:.1f}" for row in others
+            )
+            theirs = [r["extra_bytes"] for r in others if r["kind"] != "ours" and r["extra_bytes"]]
+            memory = ", ".join(
+                f"{value / 1e6:.1f}" for value in (best["extra_bytes"], min(theirs, default=None))
+                if value is not None
+            )  # fmt: skip
+            ours = milliseconds(best["p50_ms"])
+            lines += [f"| `{op}` | {case} | {ours} | {times} | {memory} |"]
+    return "\n".join([*lines, ""])
 
 
 def facts(machine: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:

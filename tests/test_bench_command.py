@@ -110,10 +110,10 @@ def test_report_writes_tables_and_pictures(tmp_path):
     assert result.exit_code == 0, result.output
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert (
-        "| `double` | toy, float32 | native |" in text
-        and "- absent: missing: not installed" in text
-    )
+    assert "| `double` | toy, float32 | " in text and "torch eager " in text and "rival " in text
+    full = (tmp_path / "out/report.md").read_text()
+    assert "| `double` | toy, float32 | native |" in full
+    assert "- absent: missing: not installed" in full
     kinds = sorted(path.suffix for path in (tmp_path / "out").iterdir())
     assert kinds == [".md", ".png", ".svg"]
 
