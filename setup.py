@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,21 @@ OBJECT_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-Wall", "-Wextra"),
 ]
+
+
+def cuda_home():
+    """Return the folder of the CUDA toolkit as nvcc tells it: what is on PATH may be a script."""
+    try:
+        command = ["nvcc", "--dryrun", "-x", "cu", "-E", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True).stderr
+    except OSError:
+        return None
+    found = re.search(r"^#\$ _HERE_=(.+)/bin$", told, re.MULTILINE)
+    return found and found[1]
+
+
+if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and cuda_home():
+    os.environ["CUDA_HOME"] = cuda_home()  # torch looks for headers two folders above `which nvcc`
 
 try:
     import torch

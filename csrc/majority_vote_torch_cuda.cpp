@@ -47,8 +47,7 @@ Tensor majority_vote(const Tensor& codes_given, const Tensor& offsets_given,
                          voted.mutable_data_ptr(),
                          narrow ? Integer::i16 : Integer::i32};
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(codes.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(codes.get_device_index(), &stream));
   const cudaError_t error = majority_vote_cuda(job, static_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(error == cudaSuccess, "majority_vote: ", cudaGetErrorString(error));
   return voted;

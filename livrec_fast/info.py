@@ -94,7 +94,7 @@ def cpu_name() -> str:
 
 def _cuda() -> dict[str, Any]:
     if _native._C is not None and _native.WITH_CUDA:
-        return {"built": True, "archs": list(_native._C.cuda_archs()), "missing": None}
+        return {"built": True, "archs": _native._C.cuda_archs().split("+"), "missing": None}
     if torch.version.cuda is None:
         missing = (
             "this torch has no CUDA (to mend: pip install a CUDA build of torch, then rebuild)"
