@@ -79,7 +79,7 @@ def section(machine: dict[str, Any], rows: Sequence[Row]) -> str:
 def summary(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     """Write one machine's Markdown in a line per case: our time, and everybody's as a multiple."""
     lines = [f"**{machine['device']}**: {', '.join(facts(machine, rows))}.", ""]
-    lines += ["| op | case | ours, ms | the others' times, ours = 1 | extra MB, ours and their least |"]
+    lines += ["| op | case | ours, ms | others' times, ours = 1 | extra MB, ours and their least |"]
     lines += ["|---|---|--:|---|---|"]
     for op, cases in grouped(rows).items():
         for case, members in cases.items():

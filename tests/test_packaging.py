@@ -169,7 +169,8 @@ def test_wheel_metadata_names_what_it_needs(installed):
     assert {need.split(">")[0] for need in needs} == {
         *("torch", "numpy", "safetensors", "click", "rich")
     }
-    assert "License :: OSI Approved :: Apache Software License" in found.metadata.get_all("Classifier")
+    licence = "License :: OSI Approved :: Apache Software License"
+    assert licence in found.metadata.get_all("Classifier")
     assert [file for file in found.files or [] if file.name == "LICENSE"]
 
 
