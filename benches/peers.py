@@ -15,6 +15,7 @@ from torch import Tensor
 
 import livrec_fast
 from livrec_fast.benchmarking import Absent, Contestant, Options
+from livrec_fast.modules._faiss import to_faiss
 
 Inputs = dict[str, Any]
 
@@ -67,23 +68,12 @@ def faiss_residual_quantizer(
 
     def prepare(inputs: Inputs) -> Callable[[], Any]:
         faiss.omp_set_num_threads(options.threads)
-        bits = faiss.UInt64Vector()
-        for n in levels:
-            bits.push_back(n.bit_length() - 1)
-        quantizer = faiss.ResidualQuantizer(inputs["x"].shape[1], bits)
-        centroids = torch.cat(inputs["codebooks"]).numpy()
-        faiss.copy_array_to_vector(centroids.ravel(), quantizer.codebooks)
-        quantizer.is_trained = True
-        quantizer.max_beam_size = 1
+        quantizer = to_faiss(inputs["codebooks"])
         quantizer.use_beam_LUT = lut
-        if lut:
-            quantizer.compute_codebook_tables()
         x = inputs["x"].numpy()
         return lambda: quantizer.compute_codes(x)
 
     def unpacked(codes: np.ndarray) -> Tensor:
-        return livrec_fast.unpack_codes(
-            torch.from_numpy(codes), levels
-        )  # faiss has the same layout
+        return livrec_fast.unpack_codes(torch.from_numpy(codes), levels)  # of the same layout
 
     return Contestant(name, prepare, finish=unpacked)
