@@ -231,23 +231,28 @@ _BAD_CODEBOOKS = [
     ),
     ("codebooks: device", book(0, meta), ValueError, _LEVEL + "device .* (x|codes), cpu, got meta"),
 ]
+_BAD_ROWS = [
+    *_BAD_CODEBOOKS,
+    ("x: list", changed("x", Tensor.tolist), TypeError, "^x: must be a tensor, got list"),
+    ("x: integers", changed("x", Tensor.int), TypeError, "^x: dtype .* got int32"),
+    ("x: one dimension", changed("x", lambda x: x[0]), ValueError, r"^x: shape .* got \[32\]"),
+    (
+        "x: no column",
+        lambda g: {"x": g["x"][:, :0], "codebooks": [b[:, :0] for b in g["codebooks"]]},
+        ValueError,
+        r"^x: D must be at least 1, got shape \[300, 0\]",
+    ),
+    ("x: width", changed("x", lambda x: x[:, :31]), ValueError, _LEVEL + r"shape .*\[N, 31\]"),
+    ("x: device", changed("x", meta), ValueError, _LEVEL + "device .* x, meta, got cpu"),
+    ("x: NaN", changed("x", with_value(17, NAN)), ValueError, "^x: row 17 is not finite"),
+    ("x: infinity", changed("x", with_value(299, -INF)), ValueError, "^x: row 299 is not fin"),
+    ("backend", lambda g: {"backend": "cuda"}, BackendError, "cannot run this"),
+]
 BAD_INPUTS = {
-    "residual_kmeans_encode": [
-        *_BAD_CODEBOOKS,
-        ("x: list", changed("x", Tensor.tolist), TypeError, "^x: must be a tensor, got list"),
-        ("x: integers", changed("x", Tensor.int), TypeError, "^x: dtype .* got int32"),
-        ("x: one dimension", changed("x", lambda x: x[0]), ValueError, r"^x: shape .* got \[32\]"),
-        (
-            "x: no column",
-            lambda g: {"x": g["x"][:, :0], "codebooks": [b[:, :0] for b in g["codebooks"]]},
-            ValueError,
-            r"^x: D must be at least 1, got shape \[300, 0\]",
-        ),
-        ("x: width", changed("x", lambda x: x[:, :31]), ValueError, _LEVEL + r"shape .*\[N, 31\]"),
-        ("x: device", changed("x", meta), ValueError, _LEVEL + "device .* x, meta, got cpu"),
-        ("x: NaN", changed("x", with_value(17, NAN)), ValueError, "^x: row 17 is not finite"),
-        ("x: infinity", changed("x", with_value(299, -INF)), ValueError, "^x: row 299 is not fin"),
-        ("backend", lambda g: {"backend": "cuda"}, BackendError, "cannot run this"),
+    "residual_kmeans_encode": _BAD_ROWS,
+    "residual_kmeans_details": [
+        *_BAD_ROWS,
+        ("second: int", lambda g: {"second": 1}, TypeError, "^second: must be a bool, got int"),
     ],
     "residual_kmeans_decode": [
         *_BAD_CODEBOOKS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,50 @@ _encode = Op(
     differentiable=False,
 )
 
+
+class ResidualKMeansDetails(NamedTuple):
+    """What `residual_kmeans_details` returns; None stands for what was not asked for.
+
+    codes: [M, L], as of `residual_kmeans_encode`.
+    residual_norms: float32 [M, L] (float64 for float64), the length of what levels 1 .. l leave.
+    reconstruction: float32 [M, D] (float64 for float64), the sum of the codewords.
+    second: [M, L], the second nearest codeword, 0 where a level has one only.
+    gap: float32 [M, L] (float64 for float64), how much larger its squared distance is; +inf where
+        there is no second.
+    """
+
+    codes: Tensor
+    residual_norms: Tensor
+    reconstruction: Tensor | None
+    second: Tensor | None
+    gap: Tensor | None
+
+
+def _fake_details(
+    x: Tensor, codebooks: Sequence[Tensor], reconstruction: bool, second: bool
+) -> tuple[Tensor, ...]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = reference.code_dtype(max(len(book) for book in codebooks))
+    per_level = (x.shape[0], len(codebooks))
+    return (
+        x.new_empty(per_level, dtype=dtype),
+        x.new_empty(per_level, dtype=wide),
+        x.new_empty(x.shape if reconstruction else (0,), dtype=wide),
+        x.new_empty(per_level if second else (0,), dtype=dtype),
+        x.new_empty(per_level if second else (0,), dtype=wide),
+    )
+
+
+_details = Op(
+    "residual_kmeans_details",
+    "(Tensor x, Tensor[] codebooks, bool reconstruction, bool second) -> "
+    "(Tensor codes, Tensor norms, Tensor reconstructed, Tensor runner_up, Tensor gap)",
+    fake=_fake_details,
+    reference=reference.residual_kmeans_details,
+    check_values=lambda x, codebooks, *rest: _check_rows(x, codebooks),
+    differentiable=False,
+)
+
 _decode = Op(
     "residual_kmeans_decode",
     "(Tensor codes, Tensor[] codebooks) -> Tensor",
@@ -79,6 +124,15 @@ def _check_codebooks(codebooks: Sequence[Tensor], dim: int | str) -> list[Tensor
         if not 1 <= book.shape[0] <= 65536:
             raise ValueError(f"codebooks[{level}]: N must be 1 to 65536, got {book.shape[0]}")
     check_same("dtype", **{f"codebooks[{level}]": book for level, book in enumerate(books)})
+    return books
+
+
+def _check_encode(x: Tensor, codebooks: Sequence[Tensor]) -> list[Tensor]:
+    check_tensor("x", x, ("M", "D"), FLOATS)
+    if x.shape[1] < 1:
+        raise ValueError(f"x: D must be at least 1, got shape {list(x.shape)}")
+    books = _check_codebooks(codebooks, x.shape[1])
+    check_same("device", x=x, **{f"codebooks[{level}]": book for level, book in enumerate(books)})
     return books
 
 
@@ -125,12 +179,65 @@ def residual_kmeans_encode(
     Example:
         >>> codes = residual_kmeans_encode(x, [coarse, fine])  # [M, 2]
     """
-    check_tensor("x", x, ("M", "D"), FLOATS)
-    if x.shape[1] < 1:
-        raise ValueError(f"x: D must be at least 1, got shape {list(x.shape)}")
-    books = _check_codebooks(codebooks, x.shape[1])
-    check_same("device", x=x, **{f"codebooks[{level}]": book for level, book in enumerate(books)})
-    return _encode(x, books, backend=backend)
+    return _encode(x, _check_encode(x, codebooks), backend=backend)
+
+
+def residual_kmeans_details(
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    *,
+    reconstruction: bool = False,
+    second: bool = False,
+    backend: str = "auto",
+) -> ResidualKMeansDetails:
+    r"""Encode, and tell in the same pass how well: what is left, and what nearly won.
+
+    $\|r_l\|$ per level; $\sum_l C_l[c_l]$; per level the second nearest codeword $s_l$ and
+    $\|r_{l-1} - C_l[s_l]\|^2 - \|r_{l-1} - C_l[c_l]\|^2$.
+
+    In PyTorch, per level::
+
+        distance, nearest = torch.cdist(residual, codebook).topk(2, largest=False)
+        code, second, gap = *nearest.T, distance.square().diff(dim=1)[:, 0]
+        residual = residual - codebook[code]
+
+    Args:
+        x: [M, D], as for `residual_kmeans_encode`.
+        codebooks: L tensors [N_l, D], as for `residual_kmeans_encode`.
+        reconstruction: also return the sum of the codewords, [M, D].
+        second: also return the second nearest codewords and their gaps, as a beam search needs
+            them; a falling gap tells of drift.
+        backend: "auto" or "reference".
+
+    Returns:
+        ResidualKMeansDetails(codes, residual_norms, reconstruction, second, gap). M = 0 gives
+        tensors without rows.
+
+    Codes, ties, numerics and determinism are those of `residual_kmeans_encode`; the second code
+    obeys the same rule among the others, on the path of the codes; a gap is off by at most twice
+    the rule's bound. Nothing here is differentiable: decode the codes for gradients. Workspace: as
+    `residual_kmeans_encode`; the reference's, arrays of M x N_l.
+
+    Raises: as `residual_kmeans_encode`.
+
+    Source: FLUID, section 3.2; the beam of OneRec's and faiss's residual quantisers.
+
+    Example:
+        >>> details = residual_kmeans_details(x, [coarse, fine], second=True)
+        >>> drift = (details.gap < 0.01).float().mean(0)  # share of rows on a border, per level
+    """
+    books = _check_encode(x, codebooks)
+    for name, flag in {"reconstruction": reconstruction, "second": second}.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: must be a bool, got {type(flag).__name__}")
+    codes, norms, total, other, gap = _details(x, books, reconstruction, second, backend=backend)
+    return ResidualKMeansDetails(
+        codes,
+        norms,
+        total if reconstruction else None,
+        other if second else None,
+        gap if second else None,
+    )
 
 
 def residual_kmeans_decode(

@@ -37,6 +37,37 @@ def residual_kmeans_encode(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     return torch.stack(codes, 1).to(code_dtype(max(len(codebook) for codebook in codebooks)))
 
 
+def residual_kmeans_details(
+    x: Tensor, codebooks: Sequence[Tensor], reconstruction: bool, second: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Encode; |r_l| after each level; sum_l C_l[c_l]; the second best code and its gap.
+
+    What was not asked for is empty. A level of one codeword has no second: code 0, gap infinite.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    residual, total = x.to(wide), torch.zeros_like(x, dtype=wide)
+    codes, norms, seconds, gaps = [], [], [], []
+    for codebook in (codebook.to(wide) for codebook in codebooks):
+        score = residual @ codebook.T - codebook.square().sum(1) / 2
+        code = score.argmax(1)
+        if second:
+            best = score.gather(1, code[:, None])[:, 0]
+            others = score.scatter(1, code[:, None], -torch.inf)
+            seconds.append(others.argmax(1))
+            gaps.append(2 * (best - others.amax(1)))
+        residual, total = residual - codebook[code], total + codebook[code]
+        codes.append(code)
+        norms.append(residual.norm(dim=1))
+    dtype = code_dtype(max(len(codebook) for codebook in codebooks))
+    return (
+        torch.stack(codes, 1).to(dtype),
+        torch.stack(norms, 1),
+        total if reconstruction else total.new_empty(0),
+        torch.stack(seconds, 1).to(dtype) if second else total.new_empty(0, dtype=dtype),
+        torch.stack(gaps, 1) if second else total.new_empty(0),
+    )
+
+
 def residual_kmeans_decode(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     """x = sum_l C_l[c_l]."""
     pairs = zip(codes.long().T, codebooks, strict=True)
@@ -55,6 +86,17 @@ def rounding_bound(residual: Tensor, codebook: Tensor) -> Tensor:
     return 4 * (residual.shape[1] + 1) * eps * (residual.norm(dim=1) * longest + longest.square())
 
 
+def hold_to_rule(what: str, code: Tensor, score: Tensor, bound: Tensor) -> None:
+    """Check that each row's code has a score [M, N] within `bound` [M] of the best."""
+    assert ((code >= 0) & (code < score.shape[1])).all(), f"{what}: a code is out of range"
+    short = score.amax(1) - score.gather(1, code[:, None])[:, 0]
+    worst = int((short - bound).argmax()) if len(short) else 0
+    assert (short <= bound).all(), (
+        f"{what}, row {worst}: code {code[worst]} scores {short[worst]:.3g} less than the best; "
+        f"rounding explains {bound[worst]:.3g}"
+    )
+
+
 def agree(codes: Tensor, inputs: dict[str, Any]) -> None:
     """Hold codes to the exactness rule, level by level, along the path that they took themselves.
 
@@ -65,17 +107,41 @@ def agree(codes: Tensor, inputs: dict[str, Any]) -> None:
     assert codes.dtype == code_dtype(max(len(codebook) for codebook in codebooks)), codes.dtype
     residual = inputs["x"].double()
     for level, (codebook, code) in enumerate(zip(codebooks, codes.long().T, strict=True)):
-        inside = (code >= 0) & (code < len(codebook))
-        assert inside.all(), f"level {level}: a code is out of range"
         score = residual @ codebook.T - codebook.square().sum(1) / 2
-        best, bound = score.max(1).values, 2 * rounding_bound(residual, codebook)
-        short = best - score.gather(1, code[:, None])[:, 0]
-        worst = int((short - bound).argmax()) if len(short) else 0
-        assert (short <= bound).all(), (
-            f"level {level}, row {worst}: code {code[worst]} scores {short[worst]:.3g} less than "
-            f"the best; rounding explains {bound[worst]:.3g}"
-        )
+        hold_to_rule(f"level {level}", code, score, 2 * rounding_bound(residual, codebook))
         residual = residual - codebook[code]
+
+
+def agree_on_details(outputs: Sequence[Tensor | None], inputs: dict[str, Any]) -> None:
+    """Hold codes and second codes to the exactness rule, and floats to what the codes imply."""
+    codes, norms, reconstruction, second, gap = outputs
+    assert codes is not None and norms is not None
+    agree(codes, {"x": inputs["x"], "codebooks": inputs["codebooks"]})
+    eps = torch.finfo(norms.dtype).eps
+    residual = inputs["x"].double()
+    size = residual.norm(dim=1)
+    for level, book in enumerate(codebook.double() for codebook in inputs["codebooks"]):
+        code = codes[:, level].long()
+        bound = 2 * rounding_bound(residual, book)
+        if second is not None and gap is not None:
+            score = residual @ book.T - book.square().sum(1) / 2
+            best = score.gather(1, code[:, None])[:, 0]
+            score = score.scatter(1, code[:, None], -torch.inf)
+            if len(book) > 1:
+                assert (second[:, level] != codes[:, level]).all(), "second: is the first"
+                hold_to_rule(f"second, level {level}", second[:, level].long(), score, bound)
+                wrong = (gap[:, level] - 2 * (best - score.amax(1))).abs()
+                assert (wrong <= 2 * bound).all(), f"gap, level {level}: off by {wrong.max()}"
+            else:
+                assert (second[:, level] == 0).all() and (gap[:, level] == torch.inf).all()
+        residual = residual - book[code]
+        size = size + book[code].norm(dim=1)
+        wrong = (norms[:, level] - residual.norm(dim=1)).abs()
+        slack = eps * (residual.shape[1] + 4) * residual.norm(dim=1) + eps * (level + 1) * size
+        assert (wrong <= 4 * slack).all(), f"residual_norms, level {level}: off by {wrong.max()}"
+    if reconstruction is not None:
+        wrong = (reconstruction - (inputs["x"].double() - residual)).norm(dim=1)
+        assert (wrong <= 4 * eps * len(inputs["codebooks"]) * size).all(), "reconstruction: is off"
 
 
 def make_inputs(
@@ -85,6 +151,14 @@ def make_inputs(
     sizes = [max(1, N - 3 * level) for level in range(L)]
     books = [randn(generator, dtype, n, D) / 2**level for level, n in enumerate(sizes)]
     return {"x": randn(generator, dtype, M, D), "codebooks": books}
+
+
+def make_detail_inputs(
+    generator: torch.Generator, dtype: torch.dtype, *, all: int, **sizes: int
+) -> dict[str, Any]:
+    """Draw rows and codebooks; ask for everything or for the least."""
+    inputs = make_inputs(generator, dtype, **sizes)
+    return inputs | {"reconstruction": bool(all), "second": bool(all)}
 
 
 def make_decode_inputs(
@@ -106,6 +180,16 @@ _CASES = {
 ORACLES = {
     "residual_kmeans_encode": Oracle(
         residual_kmeans_encode, make_inputs, _SIZES, _CASES, agree=agree
+    ),
+    "residual_kmeans_details": Oracle(
+        residual_kmeans_details,
+        make_detail_inputs,
+        {**_SIZES, "all": (0, 1)},
+        {
+            **{name: {**case, "all": 1} for name, case in _CASES.items()},
+            "codes and norms": {**_CASES["typical"], "all": 0},
+        },
+        agree=agree_on_details,
     ),
     "residual_kmeans_decode": Oracle(residual_kmeans_decode, make_decode_inputs, _SIZES, _CASES),
 }

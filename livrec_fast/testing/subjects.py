@@ -153,5 +153,6 @@ def with_leaves(inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def listed(outputs: Any) -> list[Tensor]:
-    """Return an op's outputs as a list."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    """Return an op's outputs as a list, without those that were not asked for."""
+    every = [outputs] if isinstance(outputs, Tensor) else outputs
+    return [output for output in every if output is not None]
