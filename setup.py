@@ -21,13 +21,15 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 TARGET = "0x020b000000000000"  # torch 2.11: the oldest torch that one build serves
 CUDA_ARCHS = "8.0+PTX;9.0a"  # PTX of 8.0 runs on whatever comes later, PTX of 9.0a on nothing else
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+]
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
 OBJECT_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
@@ -64,7 +66,7 @@ if "CXX" not in os.environ and shutil.which("c++") is None:
 
 
 def isa_levels():
-    """Return the levels to compile: all three on x86-64, the plain one elsewhere."""
+    """Return the levels to compile: all on x86-64, the plain one elsewhere."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return ISA_FLAGS if on_x86 else {"baseline": []}
 

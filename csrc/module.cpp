@@ -13,15 +13,15 @@
 namespace livrec {
 namespace {
 
-const char* const kNames[] = {"baseline", "avx2", "avx512"};
+const char* const kNames[] = {"baseline", "avx2", "avx512", "avx512_vnni"};
 #if defined(__x86_64__)
-constexpr int kBuilt = 3;
+constexpr int kBuilt = 4;
 #else
 constexpr int kBuilt = 1;
 #endif
 
 int find_level(const char* name) {
-  for (int level = 0; level < 3; ++level)
+  for (int level = 0; level < kBuilt; ++level)
     if (std::strcmp(name, kNames[level]) == 0) return level;
   return -1;
 }
@@ -45,7 +45,7 @@ Isa best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512vnni") ? Isa::avx512_vnni : Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return Isa::avx2;

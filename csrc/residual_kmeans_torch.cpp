@@ -1,20 +1,12 @@
-#include <atomic>
-
 #include "residual_kmeans.h"
-#include "torch_glue.h"
+
+#include <memory>
+#include <tuple>
+
+#include "codebook_torch.h"
 
 namespace livrec {
 namespace {
-
-Float float_type(const Tensor& x) {
-  const auto type = x.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-      "x: must be float32, float16 or bfloat16");
-  return type == ScalarType::Float  ? Float::f32
-         : type == ScalarType::Half ? Float::f16
-                                    : Float::bf16;
-}
 
 // The smallest of uint8, int16 and int32 that holds every code.
 ScalarType code_type(int64_t most_codewords) {
@@ -23,61 +15,69 @@ ScalarType code_type(int64_t most_codewords) {
                                    : ScalarType::Int;
 }
 
-// Codebooks as float32 and repacked: all of the op's workspace, apart from O(dim) per thread.
-struct Levels {
-  std::vector<Tensor> storage;
-  std::vector<ResidualKMeansLevel> levels;
-  int64_t most_codewords = 0;
-
-  Levels(const std::vector<Tensor>& codebooks, int64_t dim) {
-    const int64_t width = LIVREC_CALL(residual_kmeans_panel_width);
-    for (const Tensor& given : codebooks) {
-      STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == dim && given.size(0) > 0,
-                      "codebooks: each must be [N_l, D] with N_l > 0 and the D of x");
-      const Tensor codebook =
-          torch::stable::contiguous(torch::stable::to(given, ScalarType::Float));
-      const int64_t size = codebook.size(0), padded = (size + width - 1) / width * width;
-      const Tensor panels = empty_cpu({padded * dim}, ScalarType::Float);
-      const Tensor half_norms = empty_cpu({padded}, ScalarType::Float);
-      levels.push_back({codebook.const_data_ptr<float>(), size, panels.mutable_data_ptr<float>(),
-                        half_norms.mutable_data_ptr<float>()});
-      LIVREC_CALL(residual_kmeans_pack, levels.back(), dim);
-      storage.insert(storage.end(), {codebook, panels, half_norms});
-      if (size > most_codewords) most_codewords = size;
-    }
-  }
+struct Outputs {
+  Tensor codes, norms, reconstruction, second, gap;
 };
 
-Tensor residual_kmeans_encode(const Tensor& x_given, const std::vector<Tensor>& codebooks) {
-  STD_TORCH_CHECK(x_given.dim() == 2 && x_given.size(1) > 0, "x: must be [M, D] with D > 0");
+// Encodes, with norms, reconstruction and second codes where wanted; what is not is left empty.
+Outputs encode(const Tensor& x_given, const std::vector<Tensor>& codebooks, bool norms,
+               bool reconstruction, bool second) {
   STD_TORCH_CHECK(!codebooks.empty(), "codebooks: at least one level is needed");
-  const Tensor x = x_given.stride(1) == 1 ? x_given : torch::stable::contiguous(x_given);
-  const int64_t rows = x.size(0), dim = x.size(1);
-  const Levels packed(codebooks, dim);
-  const int64_t depth = static_cast<int64_t>(codebooks.size());
-  const ScalarType type = code_type(packed.most_codewords);
-  Tensor codes = empty_cpu({rows, depth}, type);
-  const int64_t code_size = type == ScalarType::Byte ? 1 : type == ScalarType::Short ? 2 : 4;
-  const ResidualKMeansEncode job{
-      x.const_data_ptr(),       float_type(x), x.stride(0), dim, packed.levels.data(), depth,
-      codes.mutable_data_ptr(), code_size};
-  std::atomic<int64_t> first_bad{rows};
+  const Tensor x = rows_of(x_given);
+  const int64_t rows = x.size(0), dim = x.size(1), depth = static_cast<int64_t>(codebooks.size());
+  std::vector<std::unique_ptr<PackedCodebook>> packed;
+  std::vector<Codebook> levels;
+  int64_t most_codewords = 0;
+  for (const Tensor& given : codebooks) {
+    packed.push_back(std::make_unique<PackedCodebook>(given, nullptr, dim));
+    levels.push_back(packed.back()->codebook);
+    if (given.size(0) > most_codewords) most_codewords = given.size(0);
+  }
+  const ScalarType type = code_type(most_codewords);
+  const auto per_level = [&](bool wanted, ScalarType kind) {
+    return wanted ? empty_cpu({rows, depth}, kind) : empty_cpu({0}, kind);
+  };
+  Outputs out{per_level(true, type), per_level(norms, ScalarType::Float),
+              reconstruction ? empty_cpu({rows, dim}, ScalarType::Float)
+                             : empty_cpu({0}, ScalarType::Float),
+              per_level(second, type), per_level(second, ScalarType::Float)};
+  ResidualKMeansEncode job{};
+  job.x = x.const_data_ptr();
+  job.x_type = float_type(x);
+  job.x_stride = x.stride(0);
+  job.dim = dim;
+  job.levels = levels.data();
+  job.level_count = depth;
+  job.code_size = type == ScalarType::Byte ? 1 : type == ScalarType::Short ? 2 : 4;
+  job.codes = out.codes.mutable_data_ptr();
+  if (norms) job.residual_norms = out.norms.mutable_data_ptr<float>();
+  if (reconstruction) job.reconstruction = out.reconstruction.mutable_data_ptr<float>();
+  if (second) job.second = out.second.mutable_data_ptr();
+  if (second) job.gap = out.gap.mutable_data_ptr<float>();
+  FirstBad first_bad(rows);
   torch::stable::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     const Scratch scratch(LIVREC_CALL(residual_kmeans_scratch, dim));
-    const int64_t bad = LIVREC_CALL(residual_kmeans_encode, job, begin, end, scratch.data());
-    int64_t known = first_bad.load();
-    while (bad >= 0 && bad < known && !first_bad.compare_exchange_weak(known, bad)) {
-    }
+    first_bad.note(LIVREC_CALL(residual_kmeans_encode, job, begin, end, scratch.data()));
   });
-  STD_TORCH_CHECK(first_bad.load() == rows, "x: row ", first_bad.load(),
-                  " has no nearest codeword: it is not finite, or too large for float32 distances");
-  return codes;
+  first_bad.check();
+  return out;
+}
+
+Tensor residual_kmeans_encode(const Tensor& x, const std::vector<Tensor>& codebooks) {
+  return encode(x, codebooks, false, false, false).codes;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_kmeans_details(
+    const Tensor& x, const std::vector<Tensor>& codebooks, bool reconstruction, bool second) {
+  Outputs out = encode(x, codebooks, true, reconstruction, second);
+  return {out.codes, out.norms, out.reconstruction, out.second, out.gap};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(livrec, CPU, m) {
   m.impl("residual_kmeans_encode.native", TORCH_BOX(&residual_kmeans_encode));
+  m.impl("residual_kmeans_details.native", TORCH_BOX(&residual_kmeans_details));
 }
 
 }  // namespace livrec

@@ -1,0 +1,74 @@
+// Codebooks and rows as the torch operators of k-means get them.
+#pragma once
+
+#include <atomic>
+
+#include "codebook.h"
+#include "torch_glue.h"
+
+namespace livrec {
+
+inline Float float_type(const Tensor& x) {
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+      "x: must be float32, float16 or bfloat16");
+  return type == ScalarType::Float  ? Float::f32
+         : type == ScalarType::Half ? Float::f16
+                                    : Float::bf16;
+}
+
+// Checks rows [M, D] and gives them unit stride along D.
+inline Tensor rows_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x: must be [M, D] with D > 0");
+  return x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// A codebook as float32, repacked, and the memory that holds it.
+struct PackedCodebook {
+  Tensor codewords, penalty;
+  Scratch memory;
+  Codebook codebook;
+
+  PackedCodebook(const Tensor& given, const Tensor* penalty_given, int64_t dim)
+      : codewords(checked(given, dim)),
+        memory(LIVREC_CALL(codebook_bytes, given.size(0), dim)),
+        codebook{} {
+    codebook.codewords = codewords.const_data_ptr<float>();
+    if (penalty_given != nullptr) {
+      penalty = torch::stable::contiguous(*penalty_given);
+      codebook.penalty = penalty.const_data_ptr<float>();
+    }
+    codebook.size = codewords.size(0);
+    codebook.dim = dim;
+    LIVREC_CALL(codebook_pack, codebook, memory.data());
+  }
+
+ private:
+  static Tensor checked(const Tensor& given, int64_t dim) {
+    STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == dim && given.size(0) > 0,
+                    "codebook: must be [N, D] with N > 0 and the D of x");
+    return torch::stable::contiguous(torch::stable::to(given, ScalarType::Float));
+  }
+};
+
+// The least row that any thread found bad.
+class FirstBad {
+ public:
+  explicit FirstBad(int64_t rows) : rows_(rows), first_(rows) {}
+  void note(int64_t row) {
+    int64_t known = first_.load();
+    while (row >= 0 && row < known && !first_.compare_exchange_weak(known, row)) {
+    }
+  }
+  void check() const {
+    STD_TORCH_CHECK(first_.load() == rows_, "x: row ", first_.load(),
+                    " has no nearest codeword: it is not finite, or too large for float32");
+  }
+
+ private:
+  int64_t rows_;
+  std::atomic<int64_t> first_;
+};
+
+}  // namespace livrec

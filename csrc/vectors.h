@@ -1,0 +1,73 @@
+// Vectors as wide as the instruction-set level has them, for the CPU kernels. Everything here has
+// internal linkage: the same text becomes other code at every level.
+#pragma once
+
+#include <cstdint>
+
+#if !defined(LIVREC_ISA)
+#error "for CPU kernels, compiled once per instruction-set level with -DLIVREC_ISA=<level>"
+#endif
+
+#define LIVREC_INLINE inline __attribute__((always_inline))
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr float kInfinity = __builtin_inff();
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef double Doubles __attribute__((vector_size(kLanes * 8)));  // as many lanes as Floats
+
+// Vectors wherever they lie in memory.
+typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef double LooseDoubles __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
+
+LIVREC_INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+LIVREC_INLINE void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
+
+LIVREC_INLINE Ints lane_numbers() {
+  static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Ints lanes;
+  __builtin_memcpy(&lanes, numbers, sizeof(lanes));
+  return lanes;
+}
+
+// Lane j of the result is lane j + step of `from`, around the end.
+template <typename Vector>
+LIVREC_INLINE Vector turn(Vector from, int step) {
+#if defined(__clang__)
+  Vector to;
+  for (int j = 0; j < kLanes; ++j) to[j] = from[(j + step) % kLanes];
+  return to;
+#else
+  return __builtin_shuffle(from, (lane_numbers() + step) & (kLanes - 1));
+#endif
+}
+
+LIVREC_INLINE float sum_of(Floats lanes) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) lanes += turn(lanes, step);
+  return lanes[0];
+}
+
+LIVREC_INLINE float greatest_of(Floats lanes) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const Floats other = turn(lanes, step);
+    lanes = other > lanes ? other : lanes;
+  }
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace LIVREC_ISA
+}  // namespace livrec
