@@ -79,8 +79,9 @@ $(VENV)/.torch: requirements/torch.txt requirements/constraints.txt
 	$(PIP) -r requirements/torch.txt -c requirements/constraints.txt
 	@touch $@
 
-$(VENV)/.packages: $(VENV)/.torch requirements/dev.txt
+$(VENV)/.packages: $(VENV)/.torch requirements/dev.txt requirements/peers.txt
 	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps -r requirements/peers.txt
 	@touch $@
 
 $(NATIVE): setup.py pyproject.toml $(wildcard csrc/*) $(TOOLS) | $(PACKAGE)

@@ -16,16 +16,16 @@ from livrec_fast.benchmarking import Absent, Case, Contestant, Machine, enter
 
 def test_speed(benchmark: Any, case: Case, contestant: Contestant | Absent, request: Any) -> None:
     """Assert agreement with the reference, then time."""
-    entered = enter(contestant, case, case.make())
+    device = request.config.getoption("device")
+    entered = enter(contestant, case, case.make(), device)
     if isinstance(entered, Absent):
         pytest.skip(f"{entered.name}: {entered.reason}")
-    device = request.config.getoption("device")
     benchmark.group = case.title
     benchmark.extra_info.update(Machine(device).describe(), contestant=contestant.name)
 
     def run() -> None:
-        entered()
+        entered.run()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(run, rounds=10, warmup_rounds=2)
+    benchmark.pedantic(run, rounds=2 if case.long else 10, warmup_rounds=0 if case.long else 2)

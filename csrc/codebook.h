@@ -73,8 +73,9 @@ LIVREC_DECLARE(int64_t, codebook_scratch, (int64_t dim))
 LIVREC_DECLARE(int64_t, codebook_nearest,
                (const Codebook& codebook, const Rows& rows, int32_t* codes, void* scratch))
 
-// The two nearest codewords, and how much larger the second's squared distance is; where there is
-// but one codeword, code 0 and +inf. Returns as codebook_nearest.
+// The nearest codeword as codebook_nearest finds it, the nearest of the others, and how much larger
+// the second's squared distance is; where there is but one codeword, code 0 and +inf. Returns as
+// codebook_nearest.
 LIVREC_DECLARE(int64_t, codebook_two_nearest,
                (const Codebook& codebook, const Rows& rows, int32_t* codes, int32_t* second,
                 float* gaps, void* scratch))

@@ -167,9 +167,10 @@ int64_t codebook_nearest(const Codebook& codebook, const Rows& rows, int32_t* co
 
 int64_t codebook_two_nearest(const Codebook& codebook, const Rows& rows, int32_t* codes,
                              int32_t* second, float* gaps, void* scratch) {
+  const int64_t first_bad = codebook_nearest(codebook, rows, codes, scratch);
   float (*scores)[kPanel] = static_cast<Scratch*>(scratch)->scores;
-  float best[kBlockRows], next[kBlockRows];
-  for (int64_t i = 0; i < rows.count; ++i) best[i] = next[i] = -kInfinity, codes[i] = second[i] = 0;
+  float own[kBlockRows], next[kBlockRows];
+  for (int64_t i = 0; i < rows.count; ++i) own[i] = next[i] = -kInfinity, second[i] = 0;
   for (int64_t j = 0; j < codebook.size; j += kPanel) {
     const float* panel = codebook.panels + j * codebook.dim;
     const float* norms = codebook.half_norms + j;
@@ -183,20 +184,16 @@ int64_t codebook_two_nearest(const Codebook& codebook, const Rows& rows, int32_t
     for (i = 0; i < rows.count; ++i)
       for (int64_t k = 0; k < width; ++k) {
         const float score = scores[i][k];
-        if (!(score > next[i])) continue;
-        const bool wins = score > best[i];
-        next[i] = wins ? best[i] : score;
-        second[i] = wins ? codes[i] : static_cast<int32_t>(j + k);
-        best[i] = wins ? score : best[i];
-        codes[i] = wins ? static_cast<int32_t>(j + k) : codes[i];
+        if (codes[i] == j + k)
+          own[i] = score;
+        else if (score > next[i])
+          next[i] = score, second[i] = static_cast<int32_t>(j + k);
       }
   }
-  int64_t first_bad = -1;
-  for (int64_t i = rows.count - 1; i >= 0; --i) {
-    if (!is_finite(best[i])) first_bad = i, codes[i] = second[i] = 0;
-    const bool alone = !(next[i] > -kInfinity);
-    if (alone) second[i] = 0;
-    gaps[i] = alone ? kInfinity : 2 * (best[i] - next[i]);
+  // Where rounding alone decides, the second may score a trifle more than the first.
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float gap = 2 * (own[i] - next[i]);
+    gaps[i] = !(next[i] > -kInfinity) ? kInfinity : gap > 0 ? gap : 0.0f;
   }
   return first_bad;
 }

@@ -1,4 +1,4 @@
-#include "majority_vote.h"
+#include "majority_vote_cuda.h"
 
 namespace livrec {
 namespace {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Code, typename Voted>
-cudaError_t launch(const MajorityVote& job, const Levels& levels, cudaStream_t stream) {
+cudaError_t launch(const MajorityVoteCuda& job, const Levels& levels, cudaStream_t stream) {
   const int bytes = levels.start[levels.count] * 2 * static_cast<int>(sizeof(unsigned));
   const cudaError_t error =
       cudaFuncSetAttribute(vote<Code, Voted>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -81,14 +81,14 @@ cudaError_t launch(const MajorityVote& job, const Levels& levels, cudaStream_t s
 }
 
 template <typename Code>
-cudaError_t launch(const MajorityVote& job, const Levels& levels, cudaStream_t stream) {
+cudaError_t launch(const MajorityVoteCuda& job, const Levels& levels, cudaStream_t stream) {
   return job.voted_type == Integer::i16 ? launch<Code, int16_t>(job, levels, stream)
                                         : launch<Code, int32_t>(job, levels, stream);
 }
 
 }  // namespace
 
-cudaError_t majority_vote_cuda(const MajorityVote& job, cudaStream_t stream) {
+cudaError_t majority_vote_cuda(const MajorityVoteCuda& job, cudaStream_t stream) {
   if (job.level_count < 1 || job.level_count > kMostVotedLevels || job.slices > INT32_MAX)
     return cudaErrorInvalidValue;
   Levels levels{static_cast<int>(job.level_count), {0}};

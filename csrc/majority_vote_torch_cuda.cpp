@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <string>
 
-#include "majority_vote.h"
+#include "majority_vote_cuda.h"
 #include "torch_glue.h"
 
 namespace livrec {
@@ -37,15 +37,15 @@ Tensor majority_vote(const Tensor& codes_given, const Tensor& offsets_given,
   Tensor voted =
       torch::stable::empty({histories, depth}, narrow ? ScalarType::Short : ScalarType::Int,
                            std::nullopt, codes.device());
-  const MajorityVote job{codes.const_data_ptr(),
-                         integer_type(codes),
-                         codes.size(0),
-                         offsets.const_data_ptr<int64_t>(),
-                         histories,
-                         levels.data(),
-                         depth,
-                         voted.mutable_data_ptr(),
-                         narrow ? Integer::i16 : Integer::i32};
+  const MajorityVoteCuda job{codes.const_data_ptr(),
+                             integer_type(codes),
+                             codes.size(0),
+                             offsets.const_data_ptr<int64_t>(),
+                             histories,
+                             levels.data(),
+                             depth,
+                             voted.mutable_data_ptr(),
+                             narrow ? Integer::i16 : Integer::i32};
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(codes.get_device_index(), &stream));
   const cudaError_t error = majority_vote_cuda(job, static_cast<cudaStream_t>(stream));

@@ -3,6 +3,7 @@
 from ._dispatch import BackendError, explain
 from .modules.prefix_ngram import PrefixNgramEmbedding
 from .modules.residual_kmeans import ResidualKMeans
+from .modules.room_votes import RoomVotes
 from .ops.code_attention import code_attention
 from .ops.contrastive import in_batch_contrastive
 from .ops.history_search import history_search, history_search_codes
@@ -25,6 +26,7 @@ __all__ = [
     "PrefixNgramEmbedding",
     "ResidualKMeans",
     "ResidualKMeansDetails",
+    "RoomVotes",
     "code_attention",
     "explain",
     "history_search",

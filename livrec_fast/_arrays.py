@@ -45,13 +45,13 @@ class NpyRows:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise BadFile(f"{path}: not a readable .npy file ({_first_line(error)})") from error
-        if self._array.ndim != 2:
-            raise BadFile(f"{path}: shape must be [rows, width], got {list(self._array.shape)}")
-        self.rows, self.width = self._array.shape
-        self.dtype = self._array.dtype.newbyteorder("=")
+        if self.array.ndim != 2:
+            raise BadFile(f"{path}: shape must be [rows, width], got {list(self.array.shape)}")
+        self.rows, self.width = self.array.shape
+        self.dtype = self.array.dtype.newbyteorder("=")
 
     def tag(self) -> Tag | None:
         """Return what the file beside this one says of the rows, or None."""
@@ -61,7 +61,7 @@ class NpyRows:
     def chunks(self, size: int) -> Iterator[Chunk]:
         """Yield all rows in order; the values are read when they are looked at."""
         for start in range(0, self.rows, size):
-            yield Chunk(start, self._array[start : start + size])
+            yield Chunk(start, self.array[start : start + size])
 
 
 class ParquetRows:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .benchmarking import Disagreement, Machine, Options, Row, find_cases, run_case
-from .benchmarking._results import add, case_of, floor_ms, milliseconds
+from .benchmarking._results import add, case_of, floor_ms, milliseconds, remarks
 
 _HERE = Path(__file__).resolve().parents[1] / "benches"
 
@@ -120,7 +120,9 @@ def table(op: str, rows: Sequence[Row], rates: Mapping[str, float]) -> Table:
     for (_, label, dtype, direction), members in cases.items():
         best = next((r for r in members if r["kind"] == "ours" and "p50_ms" in r), None)
         others = "\n".join(
-            f"{ratio(row, best):>7} {row['contestant']}" for row in members if row is not best
+            f"{ratio(row, best):>7} {row['contestant']}{remarks(row)}"
+            for row in members
+            if row is not best
         )
         case = f"{label}\n{dtype}, {direction}"
         if best is None:
@@ -128,7 +130,11 @@ def table(op: str, rows: Sequence[Row], rates: Mapping[str, float]) -> Table:
         else:
             share = floor_ms(best, rates) / best["p50_ms"]
             made.add_row(
-                case, best["contestant"], milliseconds(best["p50_ms"]), f"{share:.0%}", others
+                case,
+                best["contestant"] + remarks(best),
+                milliseconds(best["p50_ms"]),
+                f"{share:.0%}",
+                others,
             )
     return made
 

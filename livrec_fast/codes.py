@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from . import pack_codes, unpack_codes
-from ._arrays import BadFile, Chunk, Rows, Tag, open_rows, writing
+from ._arrays import BadFile, Chunk, NpyRows, Rows, Tag, open_rows, writing
 from ._dispatch import BackendError
+from .modules._sampling import sample_of
 from .modules.residual_kmeans import ResidualKMeans
 
 _FILE = click.Path(path_type=Path)
@@ -59,7 +60,10 @@ def command() -> None:
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--init", type=click.Choice(["k-means++", "random"]), default="k-means++")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--sample", type=click.IntRange(1), help="Rows to draw (default: all, in memory).")
+@click.option(
+    "--balance", type=click.FloatRange(1), help="Most rows of a cluster, in even shares of them."
+)
+@click.option("--sample", type=click.IntRange(1), help="Rows to draw (default: all).")
 @click.option("--column", default="embedding", show_default=True, help="Of a parquet INPUT.")
 def fit(
     vectors: Path,
@@ -68,24 +72,32 @@ def fit(
     iterations: int,
     init: str,
     seed: int,
+    balance: float | None,
     sample: int | None,
     column: str,
 ) -> None:
-    """Learn codebooks from the rows of INPUT."""
+    """Learn codebooks from the rows of INPUT; without --sample, a .npy stays on disk meanwhile."""
     with _one_line_errors():
         try:
             sizes = [int(part) for part in levels.split(",")]
-            coder = ResidualKMeans(sizes, iterations=iterations, init=init, seed=seed)
+            coder = ResidualKMeans(
+                sizes, iterations=iterations, init=init, seed=seed, balance=balance
+            )
         except ValueError as error:
             raise BadFile(f"--levels {levels}: {error}") from error
         if not out.parent.is_dir():
             raise BadFile(f"{out}: no such folder")
         source = _open_vectors(vectors, column)
-        x = _draw(source, sample, seed)
+        x: np.ndarray | torch.Tensor
+        if isinstance(source, NpyRows) and sample is None:
+            x = source.array
+        else:
+            x = _draw(source, sample, seed)
         try:
             coder.fit(x, progress=Console().is_terminal)
         except ValueError as error:
-            raise BadFile(f"{vectors}: cannot be fitted: {error}") from error
+            why = str(error).removeprefix("x: ")
+            raise BadFile(f"{vectors}: {why}") from error
         coder.save(out)
     left = coder.quality(x).relative_error[-1]
     click.echo(f"{out}: version {coder.version}, of {len(x):,} rows, relative error {left:.4f}")
@@ -178,7 +190,7 @@ def _draw(source: Rows, sample: int | None, seed: int) -> torch.Tensor:
     """Return `sample` rows drawn without replacement, in file order, or all rows."""
     wanted = np.arange(source.rows)
     if sample is not None and sample < source.rows:
-        wanted = np.sort(np.random.default_rng(seed).choice(source.rows, sample, replace=False))
+        wanted = sample_of(source.rows, sample, seed)
     count = len(wanted)
     drawn = np.empty((count, source.width), source.dtype)
     filled = 0

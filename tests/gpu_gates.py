@@ -29,8 +29,8 @@ class Compiled:
 
 
 def triton_modules() -> list[str]:
-    """Return the names of the modules in kernels/."""
-    return sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    """Return the names of the modules in kernels/, but for the functions they share."""
+    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
 
 
 def cuda_sources() -> list[Path]:
@@ -93,7 +93,7 @@ def compile_triton(
             if n not in constants and types[n].endswith(":16")
         },
     )
-    options = {name: value for name, value in options.items() if name != "matrix"}
+    options = {name: v for name, v in options.items() if name not in ("matrix", "oldest")}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     label = f"{kernel.__name__}({types}, {constants}, {options}) on sm_{arch}"
     return Compiled(

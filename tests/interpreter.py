@@ -3,11 +3,16 @@
 import os
 from typing import Any
 
+import numpy as np
+
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is decorated
 
+import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 _patch_tensor = interpreter._patch_lang_tensor
+_Builder = interpreter.InterpreterBuilder
+_cast, _dot = _Builder.cast_impl, _Builder.create_dot
 
 
 def _with_index(tensor: Any, scope: Any) -> None:
@@ -16,4 +21,32 @@ def _with_index(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _round_to_bfloat16(value: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest bfloat16, ties to even, as GPUs do; return its bits."""
+    bits = value.view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
+    return np.where(np.isnan(value), np.uint32(0x7FC00000), nearest) >> 16
+
+
+def _cast_nearest(self: Any, src: Any, dst_type: Any) -> Any:
+    """Cast; Triton's own interpreter cuts off what bfloat16 has no room for."""
+    pair = src.dtype.scalar, dst_type.scalar
+    if pair == (tl.float32, tl.bfloat16):
+        bits = _round_to_bfloat16(np.ascontiguousarray(src.data)).astype(np.uint16)
+        return interpreter.TensorHandle(bits, tl.bfloat16)
+    if pair == (tl.bfloat16, tl.float32):
+        wide = (src.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, tl.float32)
+    return _cast(self, src, dst_type)
+
+
+def _dot_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """Multiply bfloat16 as float32; Triton's own interpreter multiplies their bits."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = (_cast_nearest(self, value, tl.float32) for value in (a, b))
+    return _dot(self, a, b, *rest)
+
+
 interpreter._patch_lang_tensor = _with_index
+_Builder.cast_impl = _cast_nearest
+_Builder.create_dot = _dot_widened

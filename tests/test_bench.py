@@ -19,6 +19,7 @@ from livrec_fast.benchmarking import (
     Disagreement,
     Machine,
     Options,
+    remarks,
     run_case,
 )
 from livrec_fast.benchmarking._clock import Bystanders, interleave, peak_extra_bytes, percentiles
@@ -141,6 +142,46 @@ def test_rows_say_what_was_measured():
         "extra_bytes",
     } <= row.keys()
     json.dumps(row)
+
+
+def test_facts_and_notes_go_into_the_row_and_are_compared():
+    class Noting(Counting):
+        note = "blocks of 7"
+
+    def agree(output, inputs):
+        return {"error": output}
+
+    def compare(facts):
+        assert facts["native"]["error"] <= facts["rival"]["error"], "native errs more"
+
+    right = [contestant("native", Noting(2), "ours"), contestant("rival", Counting(3))]
+    case = replace(a_case(*right), agree=agree, compare=compare)
+    rows = run_case(case, Machine(), budget=0.0, memory=False)
+    assert [(r["note"], r["facts"]) for r in rows] == [
+        ("blocks of 7", {"error": 2}), ("", {"error": 3}),
+    ]  # fmt: skip
+    assert [remarks(r) for r in rows] == [" (blocks of 7; error 2)", " (error 3)"]
+    worse = Counting(9)
+    case = replace(case, contestants=[contestant("native", worse, "ours"), right[1]])
+    with pytest.raises(Disagreement, match="native errs more"):
+        run_case(case, Machine(), budget=0.0)
+    assert worse.runs == 1
+
+
+def test_a_contestant_may_have_its_own_rule():
+    off = replace(contestant("rough", Counting(3)), agree=lambda output, inputs: {"off": 1.0})
+    (row,) = run_case(a_case(off), Machine(), budget=0.0, memory=False)
+    assert row["facts"] == {"off": 1.0}
+
+
+def test_long_cases_count_the_first_run_and_repeat_who_is_quick():
+    slow, quick = Counting(2), Counting(2)
+    waits = lambda: time.sleep(0.3) or slow()  # noqa: E731
+    case = replace(a_case(contestant("slow", waits), contestant("quick", quick)), long=True)
+    rows = run_case(case, Machine(), budget=0.2)
+    assert slow.runs == 1 and rows[0]["rounds"] == 1 and rows[0]["p50_ms"] >= 300
+    assert quick.runs >= 3 and rows[1]["rounds"] == quick.runs
+    assert isinstance(rows[0]["extra_bytes"], int | None)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells")

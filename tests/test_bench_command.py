@@ -95,11 +95,16 @@ def test_command_refuses_what_it_cannot_do(tmp_path, monkeypatch):
     assert result.exit_code == 2 and "not part of the installed package" in result.output
 
 
-def test_report_writes_tables_and_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
+def load_report():
     spec = importlib.util.spec_from_file_location("report", ROOT / "benches/report.py")
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
+    return report
+
+
+def test_report_writes_tables_and_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = load_report()
     invoke(
         "--benches", toy(tmp_path / "b"), "--out", tmp_path / "results", "--quick", "--budget", 0.01
     )
@@ -110,12 +115,35 @@ def test_report_writes_tables_and_pictures(tmp_path):
     assert result.exit_code == 0, result.output
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert "| `double` | toy, float32 | " in text and "torch eager " in text and "rival " in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| `double` | toy, float32 |")]
+    assert any(f"| {name} " in line for name in ("torch eager", "rival"))
+    assert "(results/README.md)" in text
+    assert "- absent: missing" in (tmp_path / "results/README.md").read_text()
     full = (tmp_path / "out/report.md").read_text()
     assert "| `double` | toy, float32 | native |" in full
     assert "- absent: missing: not installed" in full
     kinds = sorted(path.suffix for path in (tmp_path / "out").iterdir())
     assert kinds == [".md", ".png", ".svg"]
+
+
+def test_summary_takes_the_size_where_another_comes_nearest():
+    report = load_report()
+    machine = {"device": "chip", "cuda": None, "threads": 1, "isa": "avx2", "torch": 1, "triton": 1}
+
+    def row(rows, who, kind, p50):
+        return {
+            "op": "o", "label": f"M {rows}", "sizes": {"M": rows, "D": 8}, "dtype": "float32",
+            "direction": "forward", "contestant": who, "kind": kind, "p50_ms": p50,
+            "extra_bytes": 10**6, "others_busy": 0.0, "commit": "c",
+        }  # fmt: skip
+
+    rows = [
+        row(10, "native", "ours", 1.0), row(10, "rival", "peer", 3.0),
+        row(10, "torch eager", "reference", 4.0), row(99, "native", "ours", 10.0),
+        row(99, "rival", "peer", 25.0), row(99, "torch eager", "reference", 90.0),
+    ]  # fmt: skip
+    lines = [line for line in report.summary(machine, rows).splitlines() if "`o`" in line]
+    assert lines == ["| `o` | M 99, float32 | 10 | rival 2.5 | 9.0 | 1.0, 1.0 |"]
 
 
 def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):
@@ -124,7 +152,7 @@ def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):
         "--op", "residual_kmeans", "--quick", "--budget", 0.05, "--out", tmp_path, "--device", "cpu"
     )
     assert result.exit_code == 0, result.output
-    assert time.process_time() - start < 40, "20 s on two cores"
+    assert time.process_time() - start < 60, "20 s on two cores"
     (path,) = tmp_path.iterdir()
     rows = read(path)["rows"]
     assert len({row["label"] for row in rows}) == 2
@@ -132,3 +160,4 @@ def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):
         assert row.get("reason") or (row["p50_ms"] > 0 and row["rounds"] >= 5)
     names = {row["contestant"] for row in rows}
     assert names >= {"native", "torch eager", "torch.compile", "faiss RQ, LUT 0", "faiss RQ, LUT 1"}
+    assert names >= {"superkmeans", "semantic-id", "vector-quantize-pytorch", "flash-kmeans"}

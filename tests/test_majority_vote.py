@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from livrec_fast import majority_vote
+from livrec_fast._native import isa_levels, use_isa
 
 
 def _put(good, value):
@@ -178,3 +179,108 @@ def test_compiled_once_for_any_number_of_slices():
         offsets = torch.tensor([0, len(codes) - 1, len(codes)])
         with torch.compiler.set_stance(stance):
             assert compiled(torch.tensor(codes), offsets, (2,)).tolist() == voted
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+KERNELS = isa_levels()
+needs_native = pytest.mark.skipif(not KERNELS, reason="the compiled library is not there")
+
+
+def _draw(lengths, levels, dtype=torch.int64, seed=0, unknown=True):
+    """Draw codes that often tie; at the largest levels, from both ends of their range."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    few = torch.randint(
+        -1 if unknown else 0, 3, (int(offsets[-1]), len(levels)), generator=generator
+    )
+    top = torch.randint(2, few.shape, generator=generator).bool() & (few >= 0)
+    room = torch.tensor(levels).clamp(max=torch.iinfo(dtype).max)
+    codes = few.minimum(room - 1)
+    return torch.where(top, room - 1 - codes, codes).to(dtype), offsets
+
+
+def _agree(codes, offsets, levels):
+    for rule in ("per_level", "path"):
+        wanted = majority_vote(codes, offsets, levels, rule=rule, backend="reference")
+        for kernel in KERNELS:
+            with use_isa(kernel):
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    voted = majority_vote(codes, offsets, levels, rule=rule, backend="native")
+                    torch.set_num_threads(1)
+                    assert voted.dtype == wanted.dtype and voted.equal(wanted), (kernel, threads)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_native_takes_every_integer(dtype):
+    codes, offsets = _draw([0, 9, 1, 30, 0], (64, 2, 5, 300, 100), dtype, unknown=dtype.is_signed)
+    _agree(codes, offsets, (64, 2, 5, 300, 100))
+
+
+@needs_native
+@pytest.mark.parametrize("levels", [(2**31, 2**31), (2**31, 3, 2**31, 70_000, 7), (65_537,)])
+def test_native_counts_levels_far_larger_than_histories(levels):
+    codes, offsets = _draw([40, 0, 7, 300], levels)
+    _agree(codes, offsets, levels)
+
+
+@needs_native
+@pytest.mark.parametrize("lengths", [[300_000], [5, 150_000, 0, 20_000, 140_001, 3]])
+def test_native_shares_out_a_huge_history(lengths):
+    levels = (64, 3, 100_000, 2**31, 2)
+    codes, offsets = _draw(lengths, levels)
+    _agree(codes, offsets, levels)
+    latest = torch.arange(120_000)[:, None] % 7  # all but a few tie
+    assert majority_vote(latest, torch.tensor([0, 120_000]), [7]).item() == 119_999 % 7
+    first = torch.cat([torch.full((10,), 9), torch.arange(10, 100_000)])[:, None]
+    assert majority_vote(first, torch.tensor([0, len(first)]), [2**31]).item() == 9
+
+
+@needs_native
+def test_native_reads_codes_as_they_lie():
+    codes, offsets = _draw([50, 3, 200], (64, 4, 9), torch.int16)
+    wide = torch.full((len(codes), 9), -77, dtype=torch.int16)
+    wide[:, 2::3] = codes
+    _agree(wide[:, 2::3], offsets, (64, 4, 9))
+    _agree(codes.T.contiguous().T, offsets, (64, 4, 9))
+    _agree(codes[:1].expand(253, 3), offsets, (64, 4, 9))
+    _agree(codes.repeat(2, 1)[::2], offsets, (64, 4, 9))
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rule", ["per_level", "path"])
+@pytest.mark.parametrize("at", [0, 70_000, 139_999])
+def test_native_finds_a_bad_code_wherever_it_is(at, rule, threads):
+    codes, offsets = _draw([10, 139_990], (5, 6, 2**31), unknown=False)
+    torch.set_num_threads(threads)
+    for level, value in ((0, 5), (1, -2), (2, 2**31)):
+        bad = codes.clone()
+        bad[at, level] = value
+        with pytest.raises(IndexError, match=rf"codes\[{at}, {level}\] = {value} is outside"):
+            majority_vote(bad, offsets, (5, 6, 2**31), rule=rule, backend="native")
+    torch.set_num_threads(1)
+
+
+@needs_native
+def test_native_counters_are_not_confused_between_levels_and_histories():
+    levels = [64, 2**31, 5, 2**20, 64, 64, 2, 2**31]
+    codes, offsets = _draw([3, 90, 0, 1, 17, 200, 2] * 40, levels, seed=3)
+    _agree(codes, offsets, levels)
+
+
+@needs_native
+@pytest.mark.parametrize("rule", ["per_level", "path"])
+def test_native_workspace_is_what_the_docstring_says(rule):
+    def allocated(lengths, levels):
+        codes, offsets = _draw(lengths, levels)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            voted = majority_vote(codes, offsets, levels, rule=rule, backend="native")
+        total = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+        return total - voted.nbytes
+
+    slack = 4096
+    assert allocated([20] * 5000, (64, 64)) <= 16 * 64 + 4 * 20 + slack
+    assert allocated([20] * 500, (2**31, 64)) <= 16 * 64 + (24 + 4) * 20 + slack
+    assert allocated([50_000], (2**31, 100_000)) <= 16 * 100_000 + (24 + 4) * 50_000 + slack

@@ -1,6 +1,4 @@
-"""ResidualKMeans: to files, to state dicts and to faiss, and back."""
-
-import builtins
+"""ResidualKMeans: to files and state dicts, and back."""
 
 import pytest
 import torch
@@ -84,65 +82,3 @@ def test_state_dict_and_to():
     assert [book.device.type for book in fitted.to("meta").codebooks] == ["meta", "meta"]
     with pytest.raises(RuntimeError, match="size mismatch"):
         ResidualKMeans((7, 3)).load_state_dict(exact.state_dict())
-
-
-def assert_like_faiss(ours, packed, x, quantizer):
-    """Equal to faiss's codes, except from a level on where the best two are a near tie."""
-    faiss = pytest.importorskip("faiss")
-    bits = [size.bit_length() - 1 for size in quantizer.levels]
-    theirs = torch.from_numpy(faiss.unpack_bitstrings(packed, bits).astype("int64"))
-    first = (ours != theirs).long().argmax(1)
-    for row in (ours != theirs).any(1).nonzero()[:, 0].tolist():
-        level = int(first[row])
-        residual = x[row].double()
-        for above in range(level):
-            residual = residual - quantizer.codebooks[above][ours[row, above]].double()
-        book = quantizer.codebooks[level].double()
-        a, b = ((residual - book[codes[row, level]]).square().sum() for codes in (ours, theirs))
-        assert abs(a - b) < 1e-4 * (a + b), (row, level)
-    assert (ours == theirs).all(1).double().mean() > 0.99
-
-
-def test_faiss_codes_with_our_codebooks():
-    pytest.importorskip("faiss")
-    x = rows_about_centres(2000)
-    quantizer = ResidualKMeans((32, 8, 16)).fit(x)
-    theirs = quantizer.to_faiss()
-    packed = theirs.compute_codes(x.numpy())
-    assert_like_faiss(quantizer.encode(x).long(), packed, x, quantizer)
-    decoded = torch.from_numpy(theirs.decode(packed))
-    torch.testing.assert_close(decoded, quantizer.decode(quantizer.encode(x)), rtol=1e-4, atol=1e-4)
-    back = ResidualKMeans.from_faiss(theirs)
-    assert back.levels == quantizer.levels and back.version == quantizer.version
-
-
-def test_our_codes_with_faiss_codebooks():
-    faiss = pytest.importorskip("faiss")
-    x = rows_about_centres(2000)
-    theirs = faiss.ResidualQuantizer(16, 3, 4)
-    theirs.train(x.numpy())
-    theirs.max_beam_size = 1
-    quantizer = ResidualKMeans.from_faiss(theirs, seed=9)
-    assert quantizer.levels == (16, 16, 16) and quantizer.dim == 16 and quantizer.seed == 9
-    packed = theirs.compute_codes(x.numpy())
-    assert_like_faiss(quantizer.encode(x).long(), packed, x, quantizer)
-
-
-def test_faiss_refusals(monkeypatch):
-    faiss = pytest.importorskip("faiss")
-    with pytest.raises(ValueError, match="powers of two .* got 6 at level 1"):
-        ResidualKMeans((8, 6)).fit(torch.randn(50, 4)).to_faiss()
-    with pytest.raises(ValueError, match="must be trained"):
-        ResidualKMeans.from_faiss(faiss.ResidualQuantizer(4, 2, 3))
-    with pytest.raises(TypeError, match="faiss.ResidualQuantizer, got int"):
-        ResidualKMeans.from_faiss(3)
-    real = builtins.__import__
-
-    def without_faiss(name, *args, **kwargs):
-        if name == "faiss":
-            raise ImportError("no faiss")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_faiss)
-    with pytest.raises(ImportError, match=r"pip install 'livrec-fast\[bench\]'"):
-        ResidualKMeans.from_faiss(None)

@@ -16,6 +16,7 @@ from .. import _native
 
 Inputs = dict[str, Any]
 Run = Callable[[], Any]
+Facts = Mapping[str, Any]
 Kind = Literal["ours", "reference", "peer"]
 
 
@@ -37,14 +38,17 @@ class Options:
 class Contestant:
     """One way to compute a case.
 
-    prepare: of the case's inputs, returns the function that is timed; it builds and compiles.
+    prepare: of the case's inputs, returns the function that is timed; it builds and compiles. A
+    `note` of that function (an attribute, such as the settings it chose) goes into the row.
     finish: brings what that function returns to the form that the case's `agree` takes; untimed.
+    agree: the rule of a peer that computes in less precision than the case's own rule grants.
     """
 
     name: str
     prepare: Callable[[Inputs], Run]
     kind: Kind = "peer"
     finish: Callable[[Any], Any] = lambda output: output
+    agree: Callable[[Any, Inputs], Facts | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class Case:
     """One computation at one size, and everybody who computes it.
 
     sizes: what the label abbreviates. make: draws the inputs, on the device that is benchmarked.
-    agree: `(output, inputs)` raises AssertionError where an output is wrong.
+    agree: `(output, inputs)` raises AssertionError where an output is wrong; it may return facts
+    about a right one, such as its error, which go into the row.
+    compare: of the facts by contestant, raises AssertionError where they do not go together.
+    long: a run takes seconds, so few are made: the run that is held to agree is measured, too, and
+    only those that take less than half of the budget run again.
     contestants: ours first, the best of ours first among them; ratios are taken to it.
     bytes: what has to be read and written at least. flops: useful floating-point operations.
     math: the dtype whose matrix rate bounds the flops; None is `dtype`.
@@ -72,12 +80,14 @@ class Case:
     sizes: Mapping[str, Any]
     dtype: torch.dtype
     make: Callable[[], Inputs]
-    agree: Callable[[Any, Inputs], None]
+    agree: Callable[[Any, Inputs], Facts | None]
     contestants: Sequence[Contestant | Absent]
     bytes: int
     flops: int
     direction: str = "forward"
     math: torch.dtype | None = None
+    compare: Callable[[Mapping[str, Facts]], None] | None = None
+    long: bool = False
 
     @property
     def title(self) -> str:

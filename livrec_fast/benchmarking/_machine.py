@@ -18,6 +18,10 @@ from ..info import cpu_name, version_of
 from ._clock import clock_of
 
 _ROOT = Path(__file__).resolve().parents[2]
+_PEERS = (
+    "scikit-learn", "superkmeans", "semantic-id", "vector-quantize-pytorch", "flash-kmeans",
+    "fastkmeans",
+)  # fmt: skip
 _SOURCES = ("benches", "csrc", "kernels", "livrec_fast", "setup.py", ":!benches/results")
 
 
@@ -51,6 +55,7 @@ class Machine:
             "cuda": torch.version.cuda,
             "triton": version_of("triton"),
             "faiss": version_of("faiss-cpu"),
+            "peers": {name: v for name in _PEERS if (v := version_of(name))},
             "commit": commit(),
         }
 

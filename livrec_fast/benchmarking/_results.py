@@ -42,6 +42,13 @@ def milliseconds(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
+def remarks(row: Row) -> str:
+    """Say in brackets what a row notes of its contestant and of the output; "" where nothing."""
+    facts = [f"{name} {value:.6g}" for name, value in row.get("facts", {}).items()]
+    said = "; ".join(filter(None, [row.get("note", ""), *facts]))
+    return f" ({said})" if said else ""
+
+
 def floor_ms(row: Row, machine: Mapping[str, Any]) -> float:
     """Return the milliseconds below which the machine's measured rates allow no implementation."""
     copying = row["bytes"] / (1e9 * machine["copy_gb_s"])

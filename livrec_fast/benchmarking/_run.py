@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from .._dispatch import BackendError
-from ._cases import Absent, Case, Contestant, Disagreement, Inputs, Run
+from ._cases import Absent, Case, Contestant, Disagreement, Facts, Inputs, Run
 from ._clock import Bystanders, clock_of, interleave, peak_extra_bytes, percentiles
 from ._machine import Machine
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A contestant that agrees: its function, and the facts about its output.
+
+    seconds, extra_bytes: of the run that was held to agree, measured in long cases only.
+    """
+
+    run: Run
+    facts: Facts
+    seconds: float | None = None
+    extra_bytes: int | None = None
 
 
 def run_case(case: Case, machine: Machine, *, budget: float, memory: bool = True) -> list[Row]:
@@ -18,24 +32,24 @@ def run_case(case: Case, machine: Machine, *, budget: float, memory: bool = True
     budget: seconds for the timing. memory: whether to measure the peak memory too.
     """
     inputs = case.make()
-    runs: dict[str, Run] = {}
+    entered: dict[str, Entered] = {}
     absent: list[Absent] = []
     for contestant in case.contestants:
-        entered = enter(contestant, case, inputs)
-        if isinstance(entered, Absent):
-            absent.append(entered)
+        came = enter(contestant, case, inputs, machine.device)
+        if isinstance(came, Absent):
+            absent.append(came)
         else:
-            runs[contestant.name] = entered
+            entered[contestant.name] = came
+    _compare(case, entered)
     machine.measure(case.math or case.dtype)
     extra = {
-        name: peak_extra_bytes(run, machine.device) if memory else None
-        for name, run in runs.items()
+        name: _extra_bytes(came, case, machine.device) if memory else None
+        for name, came in entered.items()
     }
     bystanders = Bystanders()
-    times = interleave(runs, clock_of(machine.device), budget=budget)
-    disturbed = bystanders.share()
+    times = _timed(entered, machine, budget)
+    head = {**_head(case, machine), "others_busy": bystanders.share()}
     kinds = {contestant.name: contestant.kind for contestant in case.contestants}
-    head = {**_head(case, machine), "others_busy": disturbed}
     rows = [
         {
             **head,
@@ -43,15 +57,19 @@ def run_case(case: Case, machine: Machine, *, budget: float, memory: bool = True
             "kind": kinds[name],
             **_speed(case, times[name]),
             "extra_bytes": extra[name],
+            "note": getattr(came.run, "note", ""),
+            "facts": dict(came.facts),
         }
-        for name in runs
+        for name, came in entered.items()
     ]
     return rows + [
         {**head, "contestant": a.name, "kind": a.kind, "reason": a.reason} for a in absent
     ]
 
 
-def enter(contestant: Contestant | Absent, case: Case, inputs: Inputs) -> Run | Absent:
+def enter(
+    contestant: Contestant | Absent, case: Case, inputs: Inputs, device: str = "cpu"
+) -> Entered | Absent:
     """Prepare a contestant, run it once, and hold its output to the reference.
 
     A peer that fails is absent with what it said; a fault of ours is raised.
@@ -60,7 +78,8 @@ def enter(contestant: Contestant | Absent, case: Case, inputs: Inputs) -> Run | 
         return contestant
     try:
         run = contestant.prepare(inputs)
-        output = contestant.finish(run())
+        output, seconds, extra = _first_run(run, case, device)
+        output = contestant.finish(output)
     except BackendError as error:
         lines = [line.split(maxsplit=1) for line in str(error).splitlines()]
         said = [line[1] for line in lines if len(line) == 2 and line[0] == contestant.name]
@@ -71,10 +90,44 @@ def enter(contestant: Contestant | Absent, case: Case, inputs: Inputs) -> Run | 
         words = str(error).strip().splitlines() or [""]
         return Absent(contestant.name, f"{type(error).__name__}: {words[0][:160]}")
     try:
-        case.agree(output, inputs)
+        facts = (contestant.agree or case.agree)(output, inputs)
     except AssertionError as error:
         raise Disagreement(f"{case.title}: {contestant.name} is wrong: {error}") from error
-    return run
+    return Entered(run, facts or {}, seconds, extra)
+
+
+def _timed(entered: dict[str, Entered], machine: Machine, budget: float) -> dict[str, list[float]]:
+    """Time all in turns; in a long case count the first run, and time again only who is quick."""
+    first = {name: came.seconds for name, came in entered.items() if came.seconds is not None}
+    again = {name: came.run for name, came in entered.items() if first.get(name, 0.0) <= budget / 2}
+    more = interleave(again, clock_of(machine.device), budget=budget, least=2 if first else 5)
+    return {name: ([first[name]] if name in first else []) + more.get(name, []) for name in entered}
+
+
+def _first_run(run: Run, case: Case, device: str) -> tuple[Any, float | None, int | None]:
+    """Run once; in a long case, measure that run."""
+    if not case.long:
+        return run(), None, None
+    held: list[Any] = []
+    seconds: list[float] = []
+
+    def timed() -> None:
+        seconds.append(clock_of(device)(lambda: held.append(run())))
+
+    extra = peak_extra_bytes(timed, device)
+    return held[0], seconds[0], extra
+
+
+def _extra_bytes(came: Entered, case: Case, device: str) -> int | None:
+    return came.extra_bytes if case.long else peak_extra_bytes(came.run, device)
+
+
+def _compare(case: Case, entered: dict[str, Entered]) -> None:
+    if case.compare is not None:
+        try:
+            case.compare({name: came.facts for name, came in entered.items()})
+        except AssertionError as error:
+            raise Disagreement(f"{case.title}: {error}") from error
 
 
 def _head(case: Case, machine: Machine) -> Row:

@@ -2,5 +2,6 @@
 
 from .prefix_ngram import PrefixNgramEmbedding
 from .residual_kmeans import ResidualKMeans
+from .room_votes import RoomVotes
 
-__all__ = ["PrefixNgramEmbedding", "ResidualKMeans"]
+__all__ = ["PrefixNgramEmbedding", "ResidualKMeans", "RoomVotes"]

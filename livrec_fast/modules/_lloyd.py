@@ -1,24 +1,19 @@
-"""k-means of one level: seeding and weighted Lloyd iterations, repeatable to the bit.
+"""Lloyd's iterations of one level, the same to the bit however the rows are divided.
 
-Rows are read in chunks, so that nothing of size rows x codewords is ever made, and sums are taken
-in float64, in an order that depends neither on the number of threads nor on the run.
+`kmeans_step` adds up exactly, so that neither threads nor chunks nor ranks show in a codeword.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import check_same, check_tensor
+from ._shard import Assigned, Shard
 
-_CHUNK = 2_048  # rows: their float64 copies stay in cache, and torch sums so few on one thread
-_INIT_ROWS, _INIT_ROWS_PER_CODEWORD = 32_768, 32
-
-Assign = Callable[[Tensor, Tensor], Tensor]
+_WAY = 0.25  # from a codeword to its row that errs most, where an empty cluster goes
 
 
 @dataclass(frozen=True)
@@ -27,160 +22,85 @@ class LevelFit:
 
     inertia: sum of w |x - C[code]|^2 at each assignment; the last is that of the final codebook.
     reseeded: how many empty clusters each update moved.
+    heaviest: the greatest weight of a cluster at each update, of which the codewords became means.
     """
 
     inertia: list[float] = field(default_factory=list)
     reseeded: list[int] = field(default_factory=list)
+    heaviest: list[float] = field(default_factory=list)
 
-
-class Clusters(NamedTuple):
-    """What an update needs to know of an assignment, in float64: [N, D], [N] and [M]."""
-
-    sums: Tensor
-    mass: Tensor
-    error: Tensor
-
-
-def check_rows(x: Tensor, weights: Tensor | None, needed: int) -> None:
-    """Check weights, and that there are rows enough to choose `needed` codewords from."""
-    rows, what = len(x), "rows"
-    if weights is not None:
-        check_tensor("weights", weights, (rows,), (torch.float32, torch.float64))
-        check_same("device", x=x, weights=weights)
-        bad = (~(weights >= 0) | weights.isinf()).nonzero()
-        if len(bad):
-            at = int(bad[0])
-            raise ValueError(
-                f"weights: must be finite and not negative, got weights[{at}] = {weights[at]}"
-            )
-        rows, what = int((weights > 0).sum()), "rows of positive weight"
-    if rows < needed:
-        raise ValueError(
-            f"x: at least {needed} {what} are needed, as many as the largest level has codewords, "
-            f"got {rows}"
-        )
-
-
-def chunks(rows: int) -> Iterator[slice]:
-    """Cut 0 .. rows - 1 into slices."""
-    return (slice(start, start + _CHUNK) for start in range(0, rows, _CHUNK))
-
-
-def subtract(residual: Tensor, codebook: Tensor, codes: Tensor) -> None:
-    """Subtract each row's codeword from it, in place."""
-    for rows in chunks(len(residual)):
-        residual[rows] -= codebook[codes[rows]]
-
-
-def gather_clusters(x: Tensor, weights: Tensor | None, codebook: Tensor, codes: Tensor) -> Clusters:
-    """Add up the rows of each cluster, their weights, and each row's w |x - C[code]|^2."""
-    wide = codebook.double()
-    sums, mass = torch.zeros_like(wide), wide.new_zeros(len(wide))
-    error = wide.new_empty(len(x))
-    for rows in chunks(len(x)):
-        code, order = codes[rows].sort(
-            stable=True
-        )  # adding sorted rows is quick, and in fixed order
-        block, lengths = x[rows][order].double(), code.bincount(minlength=len(wide))
-        weight = block.new_ones(len(block)) if weights is None else weights[rows][order].double()
-        error[rows.start + order] = weight * (block - wide[code]).square().sum(1)
-        weighted = block if weights is None else block * weight[:, None]
-        sums += torch.segment_reduce(weighted, "sum", lengths=lengths)
-        mass += torch.segment_reduce(weight, "sum", lengths=lengths)
-    return Clusters(sums, mass, error)
-
-
-def total(error: Tensor) -> float:
-    """Add up a value per row."""
-    return float(sum(error[rows].sum() for rows in chunks(len(error))))
+    def settled(self, tolerance: float) -> bool:
+        """Tell whether the last update moved no empty cluster and lowered the inertia little."""
+        now = self.inertia[-1]
+        if now == 0 or not self.reseeded or self.reseeded[-1]:
+            return now == 0
+        return self.inertia[-2] - now <= tolerance * self.inertia[-2]
 
 
 def lloyd(
-    x: Tensor,
-    weights: Tensor | None,
-    codebook: Tensor,
-    assign: Assign,
+    shard: Shard,
+    book: Tensor,
+    quanta: Tensor,
     *,
     iterations: int,
     tolerance: float,
-    step: Callable[[], None],
-) -> tuple[Tensor, Tensor, LevelFit]:
-    """Improve `codebook`; return it with its codes and the course of the fit.
+    step: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Assigned, LevelFit]:
+    """Improve `book`; return it with its assignment and the course of the fit.
 
-    An update moves each codeword to the mean of its rows, and codewords without rows onto the rows
-    that err most; neither can raise the inertia. Stops after `iterations` updates, or after one
-    that moved no empty cluster and lowered the inertia by at most `tolerance` of itself.
+    An update moves each codeword to the mean of its rows, and codewords without rows towards the
+    rows that err most; neither can raise the inertia. Stops after `iterations` updates, or when
+    settled.
     """
     course = LevelFit()
     while True:
-        codes = assign(x, codebook)
-        clusters = gather_clusters(x, weights, codebook, codes)
-        course.inertia.append(total(clusters.error))
+        found = shard.assign(book, quanta)
+        course.inertia.append(float(found.inertia))
         step()
-        if len(course.reseeded) == iterations or _settled(course, tolerance):
-            return codebook, codes, course
-        codebook, moved = _update(x, codebook, clusters)
-        course.reseeded.append(moved)
+        if len(course.reseeded) == iterations or course.settled(tolerance):
+            return book, found, course
+        book = update(shard, book, found, course)
 
 
-def _settled(course: LevelFit, tolerance: float) -> bool:
-    now = course.inertia[-1]
-    if now == 0 or not course.reseeded or course.reseeded[-1]:
-        return now == 0
-    return course.inertia[-2] - now <= tolerance * course.inertia[-2]
-
-
-def _update(x: Tensor, codebook: Tensor, clusters: Clusters) -> tuple[Tensor, int]:
-    """Return the means of the clusters, empty ones re-seeded, and how many those were."""
-    means = clusters.sums / clusters.mass.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    filled = clusters.mass > 0
-    codebook = torch.where(filled[:, None], means.to(codebook.dtype), codebook)
+def update(shard: Shard, book: Tensor, found: Assigned, course: LevelFit) -> Tensor:
+    """Return the means of the clusters, empty ones re-seeded, and note what was done."""
+    filled = found.mass > 0
+    means = found.sums / torch.where(filled, found.mass, 1.0)[:, None]
+    book = torch.where(filled[:, None], means.to(book.dtype), book)
     empty = (~filled).nonzero()[:, 0]
-    if not len(empty):
-        return codebook, 0
-    worst = clusters.error.sort(descending=True, stable=True).indices[: len(empty)]
-    worst = worst[clusters.error[worst] > 0]  # a row on its codeword is no seed for another
-    codebook[empty[: len(worst)]] = x[worst]
-    return codebook, len(worst)
+    moved = 0
+    if len(empty):
+        seeds = _seeds(shard, book, found, len(empty))
+        moved = len(seeds)
+        book[empty[:moved]] = seeds
+    course.reseeded.append(moved)
+    course.heaviest.append(float(found.mass.amax()))
+    return book
 
 
-def initial_codebook(
-    x: Tensor, weights: Tensor | None, size: int, init: str, generator: torch.Generator
-) -> Tensor:
-    """Choose `size` rows of positive weight: at random, or by k-means++ on a CPU.
+def _seeds(shard: Shard, book: Tensor, found: Assigned, most: int) -> Tensor:
+    """Return points on the way from codewords to those of their rows that err most.
 
-    k-means++ draws from at most max(32,768, 32 size) rows, a uniform sample of the others.
+    At the row itself a codeword would win nothing else, where dimensions are many: a far row is far
+    from all others. Nearby it takes the rows on that side, and leaves the other codeword the rest.
     """
-    if weights is None:
-        candidates = torch.arange(len(x))
+    number, code = _worst(shard, found, most)
+    start = book[code].double()
+    return (start + _WAY * (shard.rows_of(number).double() - start)).to(book.dtype)
+
+
+def _worst(shard: Shard, found: Assigned, most: int) -> tuple[Tensor, Tensor]:
+    """Return number and code of the rows of greatest w |x - C[code]|^2 > 0, the first of equals."""
+    error = found.error.double()
+    value = error if shard.weights is None else shard.weights.double() * error
+    if len(value) > most:
+        least = value.topk(most).values[-1]
+        row = (value >= least).nonzero()[:, 0]  # in order, with all that equal the least
     else:
-        candidates = weights.cpu().nonzero()[:, 0]
-    most = size if init == "random" else max(_INIT_ROWS, _INIT_ROWS_PER_CODEWORD * size)
-    if init == "random" or len(candidates) > most:
-        candidates = candidates[torch.randperm(len(candidates), generator=generator)[:most]]
-    rows = x[candidates.to(x.device)]
-    if init == "random":
-        return rows
-    sampled = torch.ones(len(rows)) if weights is None else weights.cpu()[candidates]
-    return rows[plus_plus(rows.cpu(), sampled, size, generator).to(x.device)]
-
-
-def plus_plus(rows: Tensor, weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Draw `size` rows, each with probability in proportion to w d^2, d to the nearest row so far.
-
-    Where every row has been drawn already, or its equal, the draw is in proportion to w.
-    """
-    weights = weights.double()
-    nearest = torch.ones_like(weights)
-    draws = torch.rand(size, generator=generator, dtype=torch.float64)
-    chosen = torch.empty(size, dtype=torch.int64)
-    for pick, draw in enumerate(draws):
-        heap = (weights * nearest).cumsum(0)
-        if heap[-1] == 0:
-            heap = weights.cumsum(0)
-        at = torch.searchsorted(heap, draw * heap[-1], right=True).clamp_max(len(rows) - 1)
-        chosen[pick] = at
-        exact = "donot_use_mm_for_euclid_dist"  # the row itself is at 0 then, and never drawn again
-        distance = torch.cdist(rows, rows[at, None], compute_mode=exact)[:, 0].double().square()
-        nearest = distance if pick == 0 else torch.minimum(nearest, distance)
-    return chosen
+        row = torch.arange(len(value), device=value.device)
+    row = row[value[row].sort(descending=True, stable=True).indices[:most]]
+    mine = torch.stack([value[row], (row + shard.start).double(), found.codes[row].double()], 1)
+    value, number, code = shard.ranks.gather(mine).T
+    ranked = value.sort(descending=True, stable=True)
+    chosen = ranked.indices[ranked.values > 0][:most]  # a row on its codeword is no seed
+    return number[chosen].long(), code[chosen].long()

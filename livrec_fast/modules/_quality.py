@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._lloyd import chunks, total
+from ..ops.residual_kmeans import residual_kmeans_details
+from ._rows import Rows
+
+_CHUNK = 16_384  # rows
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Quality:
     relative_error: that divided by the mean of |x - mean(x)|^2; 0 where error is 0.
     usage: per level, the share of the codewords that some row uses.
     entropy: per level, of the distribution of codes, in bits; log2(N_l) where all are as frequent.
+    heaviest: per level, the rows of the most frequent codeword, over M / N_l: 1 where all are as
+        frequent. It is what `balance` bounds in the fit, here of the nearest codewords.
     unique_rate: distinct codes, all levels together, per row.
     collisions: rows that share their code, all levels together, with another row.
     """
@@ -28,42 +33,78 @@ class Quality:
     relative_error: list[float]
     usage: list[float]
     entropy: list[float]
+    heaviest: list[float]
     unique_rate: float
     collisions: int
 
 
-def measure(x: Tensor, codes: Tensor, codebooks: list[Tensor]) -> Quality:
-    """Measure codes [M, L] of rows [M, D], in float64 and row chunks."""
-    count, codes = len(x), codes.long()
-    variance, *error = _errors(x, codes, [book.double() for book in codebooks])
-    shares = [
-        codes[:, level].bincount(minlength=len(book)).double() / count
-        for level, book in enumerate(codebooks)
-    ]
-    groups = codes.unique(dim=0, return_counts=True)[1]
+def measure(rows: Rows, codebooks: list[Tensor], backend: str) -> Quality:
+    """Read the rows twice, in chunks: for their mean, and for their codes and errors.
+
+    Workspace: a key of eight bytes per row, and what sorting them takes.
+    """
+    depth, mean = len(codebooks), _mean(rows)
+    squares = torch.zeros(1 + depth, dtype=torch.float64, device=rows.device)
+    used = [squares.new_zeros(len(book), dtype=torch.int64) for book in codebooks]
+    keys = _Keys([len(book) for book in codebooks])
+    for _, block in rows.chunks(_CHUNK):
+        found = residual_kmeans_details(block, codebooks, backend=backend)
+        squares[0] += (block.double() - mean).square().sum(1).sum()
+        squares[1:] += found.residual_norms.double().square().sum(0)
+        for level, book in enumerate(codebooks):
+            used[level] += found.codes[:, level].int().bincount(minlength=len(book))
+        keys.add(found.codes)
+    variance, *error = (squares / rows.count).tolist()
+    shares = [count.double() / rows.count for count in used]
+    groups = keys.groups()
     return Quality(
-        rows=count,
+        rows=rows.count,
         error=error,
         relative_error=[_ratio(value, variance) for value in error],
         usage=[float((share > 0).double().mean()) for share in shares],
         entropy=[float(torch.special.entr(share).sum()) / math.log(2) for share in shares],
-        unique_rate=len(groups) / count,
+        heaviest=[float(share.amax()) * len(share) for share in shares],
+        unique_rate=len(groups) / rows.count,
         collisions=int(groups[groups > 1].sum()),
     )
 
 
-def _errors(x: Tensor, codes: Tensor, codebooks: list[Tensor]) -> list[float]:
-    """Return the mean squared distance to the mean row, then to the codes' sum level by level."""
-    count, depth = len(x), len(codebooks)
-    mean = torch.stack([x[rows].double().sum(0) for rows in chunks(count)]).sum(0) / count
-    squares = x.new_empty((1 + depth, count), dtype=torch.float64)
-    for rows in chunks(count):
-        block = x[rows].double()
-        squares[0, rows] = (block - mean).square().sum(1)
-        for level, book in enumerate(codebooks):
-            block = block - book[codes[rows, level]]
-            squares[1 + level, rows] = block.square().sum(1)
-    return [total(row) / count for row in squares]
+def _mean(rows: Rows) -> Tensor:
+    total = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
+    for _, block in rows.chunks(_CHUNK):
+        total += block.double().sum(0)
+    return total / rows.count
+
+
+class _Keys:
+    """Codes as one number per row, as long as 63 bits hold them, and else as several."""
+
+    def __init__(self, sizes: list[int]):
+        self._columns: list[list[tuple[int, int]]] = [[]]  # level and size, by number
+        product = 1
+        for level, size in enumerate(sizes):
+            if product * size >= 2**63:
+                self._columns.append([])
+                product = 1
+            self._columns[-1].append((level, size))
+            product *= size
+        self._keys: list[Tensor] = []
+
+    def add(self, codes: Tensor) -> None:
+        keys = []
+        for column in self._columns:
+            key = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+            for level, size in column:
+                key = key * size + codes[:, level]
+            keys.append(key)
+        self._keys.append(torch.stack(keys, 1))
+
+    def groups(self) -> Tensor:
+        """Return how many rows have each code that occurs."""
+        keys = torch.cat(self._keys)
+        if keys.shape[1] == 1:
+            return keys[:, 0].unique(return_counts=True)[1]
+        return keys.unique(dim=0, return_counts=True)[1]
 
 
 def _ratio(error: float, variance: float) -> float:

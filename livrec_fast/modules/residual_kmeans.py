@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._checks import FLOATS, check_choice, check_finite, check_levels, check_tensor
-from .._files import replacing
+from .._checks import check_choice, named_items
 from ..ops.residual_kmeans import residual_kmeans_decode, residual_kmeans_encode
-from . import _faiss
-from ._lloyd import LevelFit, check_rows, gather_clusters, initial_codebook, lloyd, subtract
-from ._progress import progress_bars
+from ._exchange import Exchange
+from ._fit import Plan, fit_levels, learn_levels, open_shard
+from ._lloyd import LevelFit
 from ._quality import Quality, measure
+from ._rows import Source, open_rows
+from ._shard import check_enough
 
-_FORMAT = "livrec_fast.ResidualKMeans"
 
-
-class ResidualKMeans(nn.Module):
+class ResidualKMeans(Exchange):
     r"""Codebooks that turn vectors into short codes: k-means, then k-means of what it leaves.
 
     $c_l = \arg\min_j \|r_{l-1} - C_l[j]\|^2,\quad r_l = r_{l-1} - C_l[c_l],\quad r_0 = x$.
@@ -31,11 +28,16 @@ class ResidualKMeans(nn.Module):
     codebooks are buffers (float32, or float64 where fitted on float64): `.to()` and `state_dict`
     include them, and a new module of the same levels loads the state of a fitted one.
 
-    Determinism: the same rows, weights, settings and seed on the same device give the same bits.
-    Workspace of `fit`: a float32 copy of x, about 32 bytes per row, and O(2,048 D) more; nothing
-    of size rows x codewords.
+    Every sum of the fit is exact (see `kmeans_step`), so the same rows, weights, settings and seed
+    give the same bits for any number of threads, in memory and out of core, and on any number of
+    ranks; the codes are then those of one backend on one kind of device.
+
+    Workspace of `fit`: for a tensor a float32 copy, made when the first level is done; for a
+    memory-mapped array 1 to 4 bytes per row and level; 8 bytes per row and O(sum N_l D) besides.
+    Nothing of size rows x codewords, but for chunks of it in the reference.
 
     Source: FLUID, section 3.2 (4 levels of 64, 128-d); LARM, equations 3-4 (512, 256, 128; 256-d);
+    Arthur and Vassilvitskii, "k-means++" (2007); Vitter, "Random sampling with a reservoir" (1985);
     Sculley, "Web-scale k-means clustering" (2010), for `partial_fit`.
 
     Example:
@@ -45,15 +47,18 @@ class ResidualKMeans(nn.Module):
     """
 
     history: list[LevelFit]
+    _SETTINGS = ("iterations", "init", "seed", "tolerance", "balance", "sample")
 
     def __init__(
         self,
         levels: Sequence[int] = (512, 256, 128),
         *,
         iterations: int = 20,
-        init: str = "k-means++",
+        init: str | Sequence[Tensor] = "k-means++",
         seed: int = 0,
         tolerance: float = 1e-4,
+        balance: float | None = None,
+        sample: int | None = None,
         backend: str = "auto",
     ):
         """Make empty codebooks.
@@ -61,116 +66,93 @@ class ResidualKMeans(nn.Module):
         Args:
             levels: (N_1, ..., N_L), codewords per level, 1 to 65,536 each.
             iterations: the most updates per level.
-            init: "k-means++", drawn from at most max(32,768, 32 N_l) rows, or "random" rows.
+            init: "k-means++", drawn from at most max(32,768, 32 N_l) rows; "random" rows; or L
+                tensors [N_l, D] to start from, which `save` leaves out.
             seed: of every random draw.
             tolerance: a level is done when an update lowers its inertia by no more than this share.
-            backend: of `residual_kmeans_encode`, which does every assignment too.
+            balance: at least 1; no cluster of the assignment that the codewords become means of
+                weighs as much as balance W / N_l plus one row (the heaviest), W being the weight of
+                all rows: at most ceil(balance M / N_l) rows without weights. None sets no bound.
+                `encode` finds the nearest codewords, balanced or not: see `Quality.heaviest`.
+            sample: fit on a uniform sample of so many rows, drawn by the seed. None takes all.
+            backend: of every op called, "auto" or one that all of them have.
         """
-        super().__init__()
-        self.levels = tuple(check_levels(levels, most=65_536))
-        check_choice("init", init, ("k-means++", "random"))
-        if isinstance(iterations, bool) or not isinstance(iterations, int):
-            raise TypeError(f"iterations: must be an int, got {type(iterations).__name__}")
-        if iterations < 1:
-            raise ValueError(f"iterations: must be at least 1, got {iterations}")
+        super().__init__(levels)
+        self._start = _check_init(init, len(self.levels))
+        _check_count("iterations", iterations)
+        if sample is not None:
+            _check_count("sample", sample)
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance: must be in [0, 1), got {tolerance}")
-        self.iterations, self.init, self.seed = iterations, init, seed
-        self.tolerance, self.backend = tolerance, backend
+        if balance is not None and not 1 <= balance < float("inf"):
+            raise ValueError(f"balance: must be at least 1 and finite, got {balance}")
+        self.iterations, self.seed, self.tolerance = iterations, seed, tolerance
+        self.init = init if isinstance(init, str) else "k-means++"
+        self.balance, self.sample, self.backend = balance, sample, backend
         self.history = []
-        for level, size in enumerate(self.levels):
-            self.register_buffer(f"codebook_{level}", torch.empty(size, 0))
-            self.register_buffer(f"count_{level}", torch.zeros(size, dtype=torch.int64))
-
-    @property
-    def codebooks(self) -> list[Tensor]:
-        """The codebooks, [N_l, D] each; D is 0 before the fit."""
-        return [self.get_buffer(f"codebook_{level}") for level in range(len(self.levels))]
-
-    @property
-    def counts(self) -> list[Tensor]:
-        """Rows that each codeword is the mean of so far, int64 [N_l] each."""
-        return [self.get_buffer(f"count_{level}") for level in range(len(self.levels))]
-
-    @property
-    def dim(self) -> int:
-        """D, or 0 before the fit."""
-        return self.codebooks[0].shape[1]
-
-    @property
-    def version(self) -> str:
-        """16 hex digits that identify what the codebooks hold: codes belong to one version."""
-        digest = hashlib.sha256()
-        for codebook in self.codebooks:
-            digest.update(f"{codebook.dtype} {list(codebook.shape)}".encode())
-            digest.update(
-                codebook.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest()[:16]
 
     @torch.no_grad()
-    def fit(self, x: Tensor, *, weights: Tensor | None = None, progress: bool = False) -> Self:
+    def fit(
+        self,
+        x: Source | Iterable[Any],
+        *,
+        weights: Any = None,
+        group: Any = None,
+        progress: bool = False,
+    ) -> Self:
         """Learn the codebooks from scratch, level by level; they land on x's device.
 
         Args:
-            x: [M, D] floating, finite; at least as many rows as the largest level has codewords.
+            x: [M, D] floating, finite; at least as many rows as the largest level has codewords. A
+                tensor; a NumPy array, of which a memory-mapped file is read in chunks and never
+                held whole; or an iterable of such batches, of which `sample` rows are kept.
             weights: [M] float32 or float64, not negative: a row of weight 2 counts as two rows, one
                 of weight 0 as none.
+            group: a torch.distributed group, such as `torch.distributed.group.WORLD`, of which
+                every rank calls with its own consecutive part of the rows, by rank, and gets the
+                codebooks that one process gets from all of them. None: this process has all rows.
             progress: show a progress bar.
 
         Returns:
-            self. `history` holds the inertia of every iteration, which never rises.
+            self. `history` holds the inertia of every assignment, which never rises, unless
+            balanced.
 
         Raises:
             TypeError: a wrong type or dtype. ValueError: a wrong shape or device, too few rows, x
-            not finite, weights negative or not finite.
+            not finite or so large that squared distances overflow, weights negative or not finite.
         """
-        residual = self._own_residual(x, "D")
-        check_rows(x, weights, max(self.levels))
-        generator = torch.Generator().manual_seed(self.seed)
-        books, counts, history = [], [], []
-        with progress_bars(progress, self.levels, self.iterations) as steps:
-            for size, step in zip(self.levels, steps, strict=True):
-                book = initial_codebook(residual, weights, size, self.init, generator)
-                book, codes, course = lloyd(
-                    residual, weights, book, self._assign,
-                    iterations=self.iterations, tolerance=self.tolerance, step=step,
-                )  # fmt: skip
-                subtract(residual, book, codes)
-                books.append(book)
-                counts.append(codes.bincount(minlength=size))
-                history.append(course)
+        plan = self._plan()
+        shard = open_shard(x, weights, group, plan)
+        check_enough(shard, max(self.levels))
+        books, counts, self.history = fit_levels(shard, plan, progress)
         self._set(books, counts)
-        self.history = history
         return self
 
     @torch.no_grad()
-    def partial_fit(self, x: Tensor) -> Self:
+    def partial_fit(self, x: Source, *, weights: Any = None, decay: float = 1.0) -> Self:
         """Move the codewords towards a batch of new rows, each at a rate of 1 / its row count.
 
-        A codeword so becomes the mean of all the rows it has won, those of `fit` included, each
-        counted once; a codeword that has won none yet (those of `from_faiss`) is replaced by its
-        first rows. Later levels learn from what the moved codewords leave. The first batch of an
-        unfitted module also chooses the codewords, so it needs as many rows as the largest level.
+        A codeword so becomes the mean of all the rows it has won, those of `fit` included; one that
+        has won none yet (those of `from_faiss`) is replaced by its first rows. Later levels learn
+        from what the moved codewords leave. The first batch of an unfitted module also chooses the
+        codewords, so it needs as many rows as the largest level.
+
+        Args:
+            x: [M, D], a tensor or an array, as in `fit`.
+            weights: [M], as in `fit`.
+            decay: in (0, 1], by which the counts are multiplied before: a row t batches ago counts
+                decay^t. Below 1 the codewords follow a drifting stream.
 
         Raises: as `fit`.
         """
-        residual = self._own_residual(x, self.dim or "D")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay: must be in (0, 1], got {decay}")
+        plan = replace(self._plan(), sample=None)
+        open_rows(x, self.dim or "D")
+        shard = open_shard(x, weights, None, plan)
         if self.dim == 0:
-            check_rows(x, None, max(self.levels))
-        generator = torch.Generator().manual_seed(self.seed)
-        books, counts = [], []
-        for old, count in zip(self.codebooks, self.counts, strict=True):
-            if self.dim == 0:
-                old = initial_codebook(residual, None, len(old), self.init, generator)
-            codes = self._assign(residual, old)
-            count = count.to(x.device) + codes.bincount(minlength=len(old))
-            clusters = gather_clusters(residual, None, old, codes)
-            shift = clusters.sums - clusters.mass[:, None] * old.double()
-            book = (old.double() + shift / count.clamp_min(1)[:, None]).to(old.dtype)
-            subtract(residual, book, self._assign(residual, book))
-            books.append(book)
-            counts.append(count)
+            check_enough(shard, max(self.levels))
+        books, counts, _ = learn_levels(shard, plan, self.codebooks, self.counts, decay)
         self._set(books, counts)
         return self
 
@@ -182,107 +164,52 @@ class ResidualKMeans(nn.Module):
         """Encode."""
         return self.encode(x)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Return the rows [M, D] that codes [M, L] stand for; see `residual_kmeans_decode`."""
+    def decode(self, codes: Tensor, *, version: str | None = None) -> Tensor:
+        """Return the rows [M, D] that codes [M, L] stand for; see `residual_kmeans_decode`.
+
+        version: of the codebooks that the codes are of, where it is known. Raises: ValueError where
+        that is not the version of these.
+        """
+        self._check_version(version)
         return residual_kmeans_decode(codes, self._fitted())
 
     @torch.no_grad()
-    def quality(self, x: Tensor) -> Quality:
-        """Measure how well the codes of rows [M, D], M >= 1, stand for them."""
-        codes = self.encode(x)
-        if not len(x):
+    def quality(self, x: Source) -> Quality:
+        """Measure how well the codes of rows [M, D], M >= 1, stand for them.
+
+        x: as in `encode`, or a NumPy array; a memory-mapped file is read in chunks, twice.
+        """
+        rows = open_rows(x, self._fitted()[0].shape[1])
+        if not rows.count:
             raise ValueError("x: quality needs at least one row, got none")
-        return measure(x, codes, self.codebooks)
+        return measure(rows, self.codebooks, self.backend)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write codebooks, counts and settings to a safetensors file, whole or not at all."""
-        from safetensors.torch import save
+    def _plan(self) -> Plan:
+        return Plan(
+            self.levels,
+            self.iterations,
+            self._start or self.init,
+            self.seed,
+            self.tolerance,
+            self.balance,
+            self.sample,
+            self.backend,
+        )
 
-        self._fitted()
-        settings = {key: getattr(self, key) for key in ("iterations", "init", "seed", "tolerance")}
-        metadata = {
-            "format": _FORMAT,
-            "levels": json.dumps(self.levels),
-            "dim": str(self.dim),
-            "version": self.version,
-            "settings": json.dumps(settings),
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with replacing(path) as file:
-            file.write(save(tensors, metadata))
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, backend: str = "auto") -> Self:
-        """Read what `save` wrote, onto the CPU.
+def _check_init(init: str | Sequence[Tensor], depth: int) -> list[Tensor] | None:
+    """Return the codebooks to start from, if they are given."""
+    if isinstance(init, str):
+        check_choice("init", init, ("k-means++", "random"))
+        return None
+    start = list(named_items("init", init).values())
+    if len(start) != depth:
+        raise ValueError(f"init: {depth} are needed, got {len(start)}")
+    return start
 
-        Raises: ValueError where the file is not one of ours, or its codebooks are not of the
-        version that it names.
-        """
-        from safetensors import safe_open
 
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"path: {path} was not written by ResidualKMeans.save")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        levels, settings = json.loads(metadata["levels"]), json.loads(metadata["settings"])
-        module = cls(levels, **settings, backend=backend)
-        module.load_state_dict(tensors)
-        if module.version != metadata["version"]:
-            raise ValueError(
-                f"path: the codebooks of {path} are version {module.version}, its header says "
-                f"{metadata['version']}"
-            )
-        return module
-
-    @classmethod
-    def from_faiss(cls, quantizer: Any, **settings: Any) -> Self:
-        """Take over the codebooks of a trained faiss.ResidualQuantizer; `settings` as in the class.
-
-        Codes are those that faiss finds with max_beam_size = 1; wider beams choose differently.
-        """
-        books = _faiss.from_faiss(quantizer)
-        module = cls([len(book) for book in books], **settings)
-        module._set(books, module.counts)
-        return module
-
-    def to_faiss(self) -> Any:
-        """Return a faiss.ResidualQuantizer of these codebooks, max_beam_size = 1.
-
-        Its codes equal ours but for near ties. Raises: ValueError where a level is no power of two.
-        """
-        return _faiss.to_faiss(self._fitted())
-
-    def _fitted(self) -> list[Tensor]:
-        if self.dim == 0:
-            raise RuntimeError("codebooks: there are none yet; call fit, partial_fit or load")
-        return self.codebooks
-
-    def _set(self, books: list[Tensor], counts: list[Tensor]) -> None:
-        for level, (book, count) in enumerate(zip(books, counts, strict=True)):
-            self.register_buffer(f"codebook_{level}", book)
-            self.register_buffer(f"count_{level}", count.to(book.device))
-
-    def _assign(self, x: Tensor, codebook: Tensor) -> Tensor:
-        return residual_kmeans_encode(x, [codebook], backend=self.backend)[:, 0].long()
-
-    @staticmethod
-    def _own_residual(x: Tensor, dim: int | str) -> Tensor:
-        """Check rows to learn from; copy them, in float32 or 64, to subtract codewords from."""
-        check_tensor("x", x, ("M", dim), FLOATS)
-        if x.shape[1] < 1:
-            raise ValueError(f"x: D must be at least 1, got shape {list(x.shape)}")
-        check_finite("x", x)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x.to(wide, copy=True, memory_format=torch.contiguous_format)
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take the dimension of the state's codebooks before torch compares shapes."""
-        empty = self.dim == 0
-        for level, book in enumerate(self.codebooks):
-            given = state.get(f"{prefix}codebook_{level}")
-            if isinstance(given, Tensor) and given.dim() == 2 and len(given) == len(book):
-                like = given if empty else book
-                fresh = given.new_empty(given.shape, dtype=like.dtype, device=book.device)
-                self.register_buffer(f"codebook_{level}", fresh)
-        super()._load_from_state_dict(state, prefix, *rest)
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: must be at least 1, got {value}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_finite, check_same, check_tensor
-from .._dispatch import Op
+from .._dispatch import Backend, Op, refuse_native, refuse_triton
 from ..reference import kmeans_step as reference
 
 
@@ -64,6 +64,30 @@ def _fake(x: Tensor, codebook: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _triton(
+    x: Tensor, codebook: Tensor, weights: Tensor | None, penalty: Tensor | None, quanta: Tensor
+) -> tuple[Tensor, ...]:
+    from ..kernels import kmeans_step, residual_kmeans
+
+    codes, error = residual_kmeans.assign(x, codebook, penalty)
+    sums = kmeans_step.accumulate(x, codes, error, weights, len(codebook), quanta)
+    return (codes.int() if codes.dtype != torch.int32 else codes, error, *sums)
+
+
+def _refuse_native(x: Tensor, *rest: Tensor | None) -> str | None:
+    if x.dtype == torch.float64:
+        return "computes in float32; x is float64"
+    return refuse_native(x)
+
+
+def _refuse_triton(x: Tensor, *rest: Tensor | None) -> str | None:
+    if x.dtype == torch.float64:
+        return "computes in float32; x is float64"
+    if x.shape[1] > 16384:
+        return "addresses codewords in 32 bits: D must be at most 16,384"
+    return refuse_triton(x)
+
+
 _op = Op(
     "kmeans_step",
     "(Tensor x, Tensor codebook, Tensor? weights, Tensor? penalty, Tensor quanta) "
@@ -71,6 +95,7 @@ _op = Op(
     fake=_fake,
     reference=reference.kmeans_step,
     check_values=_check_values,
+    backends=(Backend("native", _refuse_native), Backend("triton", _refuse_triton, _triton)),
     differentiable=False,
 )
 
@@ -104,7 +129,7 @@ def kmeans_step(
         quanta: float64 [3], powers of two: terms of sums, of mass and of inertia are rounded to
             multiples of them before they are added. None takes what suits these rows; parts of
             one data set that shall add up exactly need common ones, of `kmeans_quanta`.
-        backend: "auto" or "reference".
+        backend: "auto", "triton", "native" or "reference".
 
     Returns:
         KMeansStep(codes, error, sums, mass, inertia). M = 0 gives empty codes and zero sums.
@@ -112,8 +137,10 @@ def kmeans_step(
     Ties go to the lowest code. Numerics: codes obey the rule of `residual_kmeans_encode`. Sums,
     mass and inertia are exact sums of rounded terms: they are the same to the bit for any number
     of threads, any order of the rows and any division into parts. Rounding moves a term by at most
-    M max(term) 2^-51. Autocast leaves the inputs as they are. Not differentiable. Workspace of the
-    reference: arrays of M x N and M x D.
+    M max(term) 2^-51. Autocast leaves the inputs as they are. Not differentiable. Workspace on a
+    CPU: that of `residual_kmeans_encode`, and N (D + 1) float64 per thread where these take at most
+    512 KB, else N per thread and an int64 per row; on a GPU: that of `residual_kmeans_encode`, and
+    about 32 bytes per row to sort the codes; of the reference: arrays of M x N and M x D.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, N out of range,

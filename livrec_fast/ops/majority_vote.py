@@ -16,13 +16,19 @@ from .._checks import (
     check_same,
     check_tensor,
 )
-from .._dispatch import Backend, Op, refuse_cuda
+from .._dispatch import Backend, Op, refuse_cuda, refuse_native
 from ..reference import majority_vote as reference
 
 
 def _check_values(codes: Tensor, offsets: Tensor, levels: Sequence[int], rule: str) -> None:
     check_offsets(offsets, codes.shape[0])
     check_codes(codes, levels, least=-1)
+
+
+def _refuse_native(codes: Tensor, offsets: Tensor, levels: Sequence[int], rule: str) -> str | None:
+    if codes.shape[0] >= 2**32 - 1:
+        return "counts in 32 bits: T must be below 2^32 - 1"
+    return refuse_native(codes)
 
 
 def _refuse_cuda(codes: Tensor, offsets: Tensor, levels: Sequence[int], rule: str) -> str | None:
@@ -45,7 +51,7 @@ _op = Op(
     ),
     reference=reference.majority_vote,
     check_values=_check_values,
-    backends=(Backend("cuda", _refuse_cuda),),
+    backends=(Backend("native", _refuse_native), Backend("cuda", _refuse_cuda)),
     differentiable=False,
 )
 
@@ -75,15 +81,22 @@ def majority_vote(
         levels: (N_1, ..., N_L), 1 <= N_l <= 2^31.
         rule: "per_level" votes every level by itself, so that the voted tuple may be one that no
             slice has; "path" gives one that some slice has, as far as it is known.
-        backend: "auto", "cuda" or "reference".
+        backend: "auto", "native", "cuda" or "reference".
 
     Returns:
         [B, L]: int16 where every N_l <= 32,767, else int32. A level without votes gets -1: an empty
         history at every level; by "path", also all levels after one that got -1.
 
-    Ties go to the codeword seen last (the largest position). Exact and deterministic. Not
-    differentiable. Workspace: O(T) integers, whatever the sizes N_l; none with "cuda", which takes
-    rule "per_level" and levels of 12,288 codewords in all.
+    Ties go to the codeword seen last (the largest position). Exact and deterministic: the same for
+    any number of threads. Not differentiable.
+
+    Workspace: O(T) integers, whatever the sizes N_l. With "native", per thread 16 bytes for each
+    codeword of the largest level that has at most max(65,536, 2 T_b), where T_b is the longest
+    history; at most 24 T_b bytes more where a level is larger, and 4 T_b by rule "path". None with
+    "cuda".
+
+    Backends: "native" (CPU) takes T below 2^32 - 1; it reads the codes as they lie, strided or not.
+    "cuda" takes rule "per_level" and levels of 12,288 codewords in all.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, level, rule or offset.

@@ -19,7 +19,15 @@ def _triton(x: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     return kernel.residual_kmeans_encode(x, codebooks)
 
 
-def _refuse_triton(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
+def _triton_details(
+    x: Tensor, codebooks: Sequence[Tensor], reconstruction: bool, second: bool
+) -> tuple[Tensor, ...]:
+    from ..kernels import residual_kmeans as kernel
+
+    return kernel.residual_kmeans_details(x, codebooks, reconstruction, second)
+
+
+def _refuse_triton(x: Tensor, codebooks: Sequence[Tensor], *rest: bool) -> str | None:
     if x.dtype == torch.float64:
         return "computes in float32; x is float64"
     if x.shape[1] > 16384:
@@ -27,7 +35,7 @@ def _refuse_triton(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
     return refuse_triton(x)
 
 
-def _refuse_native(x: Tensor, codebooks: Sequence[Tensor]) -> str | None:
+def _refuse_native(x: Tensor, codebooks: Sequence[Tensor], *rest: bool) -> str | None:
     if x.dtype == torch.float64:
         return "computes in float32; x is float64"
     return refuse_native(x)
@@ -103,6 +111,10 @@ _details = Op(
     fake=_fake_details,
     reference=reference.residual_kmeans_details,
     check_values=lambda x, codebooks, *rest: _check_rows(x, codebooks),
+    backends=(
+        Backend("native", _refuse_native),
+        Backend("triton", _refuse_triton, _triton_details),
+    ),
     differentiable=False,
 )
 
@@ -163,10 +175,15 @@ def residual_kmeans_encode(
     the best. Codes are the same for any thread count and any batch. Autocast leaves the inputs as
     they are. Not differentiable.
 
-    Workspace on a CPU: two float32 copies of the codebooks and 192 D + 6,400 bytes per thread; a
-    copy of x only where its columns are strided. On a GPU: one float32 copy of the codebooks, D
-    rounded up to a power of two from 16 on or, beyond 64, to a multiple of 32; beyond 64 also
-    256 D bytes per running program, at most two of them per multiprocessor.
+    With AVX-512 VNNI, rounding to bytes finds the few codewords that can be nearest, under an error
+    bound computed for each row, and float32 chooses among them: codes obey the same rule.
+
+    Workspace on a CPU: one float32 copy of the codebooks (two where they are not contiguous
+    float32), with AVX-512 VNNI a quarter of one more, and 450 D + 150,000 bytes per thread; a copy
+    of x only where its columns are strided. On a GPU: 10 bytes per number of the
+    codebooks, N_l rounded up to a multiple of 128 and D to a power of two from 16 on or, beyond 128
+    (32 before compute capability 9.0), to a multiple of 32; beyond, also 1,024 D bytes per
+    multiprocessor.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, no codebook, N_l out of range,
@@ -207,7 +224,7 @@ def residual_kmeans_details(
         reconstruction: also return the sum of the codewords, [M, D].
         second: also return the second nearest codewords and their gaps, as a beam search needs
             them; a falling gap tells of drift.
-        backend: "auto" or "reference".
+        backend: "auto", "triton", "native" or "reference".
 
     Returns:
         ResidualKMeansDetails(codes, residual_norms, reconstruction, second, gap). M = 0 gives

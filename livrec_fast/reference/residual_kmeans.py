@@ -78,8 +78,8 @@ def residual_kmeans_decode(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor
 def rounding_bound(residual: Tensor, codebook: Tensor) -> Tensor:
     """Bound, per row, the float32 error of r.c - |c|^2 / 2 over all codewords c.
 
-    A sum of n products in any order errs by at most n * eps * sum |products|; here n = D + 1.
-    The residual itself has been rounded once per level, which the factor 4 pays for.
+    A sum of n products in any order errs by at most n * eps * sum |products|; here n = D + 1. The
+    residual is the float32 one, whose own rounding is no part of this: it follows from the codes.
     """
     eps = torch.finfo(torch.float32).eps
     longest = codebook.norm(dim=1).max()
@@ -103,13 +103,22 @@ def agree(codes: Tensor, inputs: dict[str, Any]) -> None:
     Equal to float64's argmin wherever the best two scores differ by more than the rounding bound;
     elsewhere the chosen score is within the bound of the best.
     """
-    codebooks = [codebook.double() for codebook in inputs["codebooks"]]
+    codebooks = inputs["codebooks"]
     assert codes.dtype == code_dtype(max(len(codebook) for codebook in codebooks)), codes.dtype
-    residual = inputs["x"].double()
-    for level, (codebook, code) in enumerate(zip(codebooks, codes.long().T, strict=True)):
-        score = residual @ codebook.T - codebook.square().sum(1) / 2
-        hold_to_rule(f"level {level}", code, score, 2 * rounding_bound(residual, codebook))
-        residual = residual - codebook[code]
+    levels = zip(codebooks, residuals(codes, inputs), codes.long().T, strict=True)
+    for level, (codebook, residual, code) in enumerate(levels):
+        book = codebook.double()
+        score = residual @ book.T - book.square().sum(1) / 2
+        hold_to_rule(f"level {level}", code, score, 2 * rounding_bound(residual, book))
+
+
+def residuals(codes: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
+    """Return what each level codes, as float64: x, and what its codes leave of it in float32."""
+    wide = torch.float64 if inputs["x"].dtype == torch.float64 else torch.float32
+    left = [inputs["x"].to(wide)]
+    for codebook, code in zip(inputs["codebooks"], codes.long().T, strict=True):
+        left.append(left[-1] - codebook.to(wide)[code.clamp(0, len(codebook) - 1)])
+    return [rows.double() for rows in left[:-1]]
 
 
 def agree_on_details(outputs: Sequence[Tensor | None], inputs: dict[str, Any]) -> None:
@@ -120,11 +129,12 @@ def agree_on_details(outputs: Sequence[Tensor | None], inputs: dict[str, Any]) -
     eps = torch.finfo(norms.dtype).eps
     residual = inputs["x"].double()
     size = residual.norm(dim=1)
-    for level, book in enumerate(codebook.double() for codebook in inputs["codebooks"]):
-        code = codes[:, level].long()
-        bound = 2 * rounding_bound(residual, book)
+    levels = zip(inputs["codebooks"], residuals(codes, inputs), strict=True)
+    for level, (codebook, coded) in enumerate(levels):
+        book, code = codebook.double(), codes[:, level].long()
+        bound = 2 * rounding_bound(coded, book)
         if second is not None and gap is not None:
-            score = residual @ book.T - book.square().sum(1) / 2
+            score = coded @ book.T - book.square().sum(1) / 2
             best = score.gather(1, code[:, None])[:, 0]
             score = score.scatter(1, code[:, None], -torch.inf)
             if len(book) > 1:

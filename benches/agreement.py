@@ -1,0 +1,60 @@
+"""Agreement at sizes where the float64 answer of every row for every contestant costs too much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from livrec_fast.reference import residual_kmeans as reference
+
+_SCORES = 2**24  # float64 scores held at once: 128 MB
+
+
+class Codes:
+    """Hold codes to the exactness rule: of few rows all, of many a spread, and all in dispute.
+
+    The first contestant's codes are held to float64 at `most` rows. Wherever a later one's differ,
+    both are: a row goes unchecked only if everybody gives it the same codes.
+    """
+
+    def __init__(self, most: int = 131_072) -> None:
+        self._most = most
+        self._first: Tensor | None = None
+
+    def __call__(self, codes: Tensor, inputs: dict[str, Any]) -> None:
+        """Raise AssertionError where a code is further than rounding explains."""
+        x, books = inputs["x"], inputs["codebooks"]
+        assert codes.shape == (len(x), len(books)), f"codes: shape {list(codes.shape)}"
+        first, self._first = self._first, codes if self._first is None else self._first
+        if first is None:
+            count = min(len(x), max(4096, self._most * 512 // max(map(len, books))), self._most)
+            rows = torch.linspace(0, len(x) - 1, count, dtype=torch.float64).long().to(x.device)
+            self._check(codes, rows, inputs)
+            return
+        assert codes.dtype == first.dtype, codes.dtype
+        disputed = (codes != first).any(1).nonzero()[:, 0]
+        self._check(codes, disputed, inputs)
+        self._check(first, disputed, inputs, "the first contestant's codes: ")
+
+    @staticmethod
+    def _check(codes: Tensor, rows: Tensor, inputs: dict[str, Any], whose: str = "") -> None:
+        x, books = inputs["x"], inputs["codebooks"]
+        for some in rows.split(max(1, _SCORES // max(map(len, books)))):
+            try:
+                reference.agree(codes[some], {"x": x[some], "codebooks": books})
+            except AssertionError as error:
+                raise AssertionError(f"{whose}{error}") from error
+
+
+def squared_error(x: Tensor, codebooks: list[Tensor]) -> float:
+    """Return the mean of |x - sum_l C_l[c_l]|^2 over the rows, encoded and added up in float64."""
+    total, books = 0.0, [book.double() for book in codebooks]
+    for rows in x.split(max(1, _SCORES // max(map(len, books)))):
+        residual = rows.double()
+        for book in books:
+            score = residual @ book.T - book.square().sum(1) / 2
+            residual = residual - book[score.argmax(1)]
+        total += float(residual.square().sum())
+    return total / len(x)

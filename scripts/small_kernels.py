@@ -1,0 +1,35 @@
+"""Runs the Triton kernels once each on small rows of every path: for compute-sanitizer.
+
+Rows too long for registers come first: their kernel keeps them in scratch memory of its own.
+"""
+
+import torch
+
+from livrec_fast import kmeans_step, residual_kmeans_details, residual_kmeans_encode
+from livrec_fast.reference import kmeans_step as step
+from livrec_fast.reference.residual_kmeans import agree, agree_on_details
+
+
+def main() -> None:
+    """Run and hold the results to the contract."""
+    for dim in (200, 129, 128, 100, 64, 20):
+        for dtype in (torch.float32, torch.bfloat16):
+            generator = torch.Generator().manual_seed(dim)
+            x = torch.randn(333, dim, generator=generator).to(dtype)
+            books = [torch.randn(n, dim, generator=generator) for n in (70, 300, 5)]
+            device_books = [book.cuda() for book in books]
+            given = {"x": x, "codebooks": books}
+            agree(residual_kmeans_encode(x.cuda(), device_books, backend="triton").cpu(), given)
+            details = residual_kmeans_details(
+                x.cuda(), device_books, reconstruction=True, second=True, backend="triton"
+            )
+            agree_on_details([output.cpu() for output in details], given)
+            quanta = step.quanta_of(x, books[1], None)
+            done = kmeans_step(x.cuda(), device_books[1], quanta=quanta.cuda(), backend="triton")
+            given = {"x": x, "codebook": books[1], "quanta": quanta}
+            step.agree(tuple(output.cpu() for output in done), given)
+            print(f"D = {dim}, {dtype}: right", flush=True)
+
+
+if __name__ == "__main__":
+    main()
