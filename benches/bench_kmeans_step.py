@@ -11,6 +11,7 @@ from torch import Tensor
 
 import livrec_fast
 from livrec_fast.benchmarking import Absent, Case, Contestant, Options, ours
+from livrec_fast.reference.kmeans_step import quanta_of
 from livrec_fast.reference.residual_kmeans import code_dtype
 
 from . import peers, peers_gpu, peers_step
@@ -46,7 +47,7 @@ def step(size: int, dim: int, rows: int, options: Options) -> Case:
         make=make,
         agree=Agreement(),
         contestants=[
-            *map(told_apart, ours(livrec_fast.kmeans_step, options)),
+            *our_steps(options),
             peers.eager(formula),
             *([] if options.quick else torch_compile(options, whole=size < 8192)),
             peers_step.eager_in_blocks(options),
@@ -67,9 +68,23 @@ def torch_compile(options: Options, whole: bool) -> list[Contestant | Absent]:
     return [*at_once, peers.compiled_in_blocks(formula, options, peers_step.added)]
 
 
-def told_apart(contestant: Contestant) -> Contestant:
-    """Take codes, sums and mass out of what our op returns."""
-    return replace(contestant, finish=lambda step: (step.codes, step.sums, step.mass))
+def our_steps(options: Options) -> Iterator[Contestant]:
+    """Yield our op as a fit calls it, with the quanta of its first look at the rows; then alone."""
+
+    def told_apart(output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return output.codes, output.sums, output.mass
+
+    def with_quanta(contestant: Contestant) -> Contestant:
+        def prepare(inputs: dict[str, Any]) -> peers.Run:
+            quanta = quanta_of(inputs["x"], inputs["codebook"], None)
+            return contestant.prepare({**inputs, "quanta": quanta})
+
+        return replace(contestant, prepare=prepare, finish=told_apart)
+
+    members = ours(livrec_fast.kmeans_step, options)
+    yield from map(with_quanta, members)
+    for alone in members[:1]:
+        yield replace(alone, name=f"{alone.name}, finding quanta", finish=told_apart)
 
 
 class Agreement:

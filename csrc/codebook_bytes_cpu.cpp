@@ -325,29 +325,43 @@ void settle(const Codebook& codebook, const Rows& rows, int32_t* codes, Scratch*
   }
 }
 
+LIVREC_INLINE __m512d less_mean(const Codebook& codebook, const float* codeword, int64_t d) {
+  const int64_t left = codebook.dim - d;
+  const auto in = static_cast<__mmask8>(left >= 8 ? 0xff : (1u << left) - 1u);
+  return _mm512_sub_pd(_mm512_cvtps_pd(_mm256_maskz_loadu_ps(in, codeword + d)),
+                       _mm512_cvtps_pd(_mm256_maskz_loadu_ps(in, codebook.mean + d)));
+}
+
 // One codeword to bytes: k = round((c - m) / b), b = max |c - m| / 127, in double.
 void pack_codeword(Codebook& codebook, int64_t j) {
+  const int64_t quads = quads_of(codebook.dim), quad_bytes = kPanel * 4;
   const float* codeword = codebook.codewords + j * codebook.dim;
-  int8_t* to = codebook.bytes + j / kPanel * kPanel * quads_of(codebook.dim) * 4 + j % kPanel * 4;
-  double greatest = 0, norm = 0, lost = 0;
-  for (int64_t d = 0; d < codebook.dim; ++d) {
-    const double v = static_cast<double>(codeword[d]) - codebook.mean[d];
-    const double size = v < 0 ? -v : v;
-    greatest = size > greatest ? size : greatest;
-    norm += v * v;
+  int8_t* to = codebook.bytes + j / kPanel * quads * quad_bytes + j % kPanel * 4;
+  __m512d most = _mm512_setzero_pd(), squares = _mm512_setzero_pd();
+  for (int64_t d = 0; d < codebook.dim; d += 8) {
+    const __m512d v = less_mean(codebook, codeword, d);
+    most = _mm512_max_pd(_mm512_abs_pd(v), most);
+    squares = _mm512_fmadd_pd(v, v, squares);
   }
+  const double greatest = _mm512_reduce_max_pd(most), norm = _mm512_reduce_add_pd(squares);
   const bool tiny = !(greatest >= kTiny);
   const float step = tiny ? 0.0f : static_cast<float>(greatest / 127);
-  const double scale = tiny ? 0.0 : 1 / static_cast<double>(step);
-  int32_t sum = 0;
-  for (int64_t d = 0; d < codebook.dim; ++d) {
-    const double v = static_cast<double>(codeword[d]) - codebook.mean[d];
-    const int32_t k = static_cast<int32_t>(__builtin_rint(v * scale));
-    const double rest = v - static_cast<double>(step) * k;
-    lost += rest * rest;
-    to[d / 4 * kPanel * 4 + d % 4] = static_cast<int8_t>(k);
-    sum += k;
+  const __m512d scale = _mm512_set1_pd(tiny ? 0.0 : 1 / static_cast<double>(step));
+  const __m512d unit = _mm512_set1_pd(step);
+  __m512d losses = _mm512_setzero_pd(), sums = _mm512_setzero_pd();
+  for (int64_t d = 0; d < codebook.dim; d += 8, to += 2 * quad_bytes) {
+    const __m512d v = less_mean(codebook, codeword, d);
+    const __m256i k = _mm512_cvtpd_epi32(_mm512_mul_pd(v, scale));
+    const __m512d whole = _mm512_cvtepi32_pd(k), rest = _mm512_fnmadd_pd(unit, whole, v);
+    losses = _mm512_fmadd_pd(rest, rest, losses);
+    sums = _mm512_add_pd(sums, whole);
+    alignas(16) char eight[16];
+    _mm_store_si128(reinterpret_cast<__m128i*>(eight), _mm256_cvtepi32_epi8(k));
+    __builtin_memcpy(to, eight, 4);
+    if (d / 4 + 1 < quads) __builtin_memcpy(to + quad_bytes, eight + 4, 4);
   }
+  const double lost = _mm512_reduce_add_pd(losses);
+  const auto sum = static_cast<int32_t>(_mm512_reduce_add_pd(sums));
   codebook.starts[j] = -128 * sum;
   const double penalty = codebook.penalty ? codebook.penalty[j] : 0.0;
   codebook.steps[j] = step;
@@ -382,10 +396,11 @@ void pack_bytes(Codebook& codebook, void* memory) {
   codebook.lengths = codebook.offsets + padded;
   codebook.starts = reinterpret_cast<int32_t*>(codebook.lengths + padded);
   codebook.mean = reinterpret_cast<float*>(codebook.starts + padded);
+  for (int64_t d = 0; d < dim; ++d) codebook.mean[d] = 0;
+  for (int64_t j = 0; j < size; ++j)
+    for (int64_t d = 0; d < dim; ++d) codebook.mean[d] += codebook.codewords[j * dim + d];
   for (int64_t d = 0; d < dim; ++d) {
-    double sum = 0;
-    for (int64_t j = 0; j < size; ++j) sum += codebook.codewords[j * dim + d];
-    codebook.mean[d] = static_cast<float>(sum / static_cast<double>(size));
+    codebook.mean[d] /= static_cast<float>(size);                   // any vector near them serves
     codebook.in_bytes &= codebook.mean[d] - codebook.mean[d] == 0;  // no NaN, no infinity
   }
   if (!codebook.in_bytes) return;

@@ -1,7 +1,7 @@
 #include "codebook.h"
 
 #include "codebook_bytes.h"
-#include "vectors.h"
+#include "rows.h"
 
 namespace livrec {
 namespace LIVREC_ISA {
@@ -90,20 +90,18 @@ bool is_finite(float score) { return score > -kInfinity && score < kInfinity; }
 
 void pack_floats(Codebook& codebook) {
   const int64_t size = codebook.size, dim = codebook.dim;
-  for (int64_t j = 0; j < (size + kPanel - 1) / kPanel * kPanel; ++j) {
-    float* column = codebook.panels + j / kPanel * kPanel * dim + j % kPanel;
-    if (j >= size) {
-      for (int64_t d = 0; d < dim; ++d) column[d * kPanel] = 0.0f;
-      codebook.half_norms[j] = kInfinity;
-      continue;
+  for (int64_t first = 0; first < size; first += kPanel) {
+    float* panel = codebook.panels + first * dim;
+    const int64_t width = size - first < kPanel ? size - first : kPanel;
+    const float* from = codebook.codewords + first * dim;
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t j = 0; j < kPanel; ++j)
+        panel[d * kPanel + j] = j < width ? from[j * dim + d] : 0.0f;
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const float penalty = codebook.penalty && j < width ? codebook.penalty[first + j] : 0.0f;
+      codebook.half_norms[first + j] =
+          j < width ? (square_of(from + j * dim, dim) + penalty) / 2 : kInfinity;
     }
-    const float* codeword = codebook.codewords + j * dim;
-    float norm = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      column[d * kPanel] = codeword[d];
-      norm += codeword[d] * codeword[d];
-    }
-    codebook.half_norms[j] = (norm + (codebook.penalty ? codebook.penalty[j] : 0.0f)) / 2;
   }
 }
 

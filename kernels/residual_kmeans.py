@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._codebooks import Books
 from ._scores import add_products, contend, split
-from .codebooks import Books
 
 
 @triton.jit

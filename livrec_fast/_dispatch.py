@@ -115,7 +115,7 @@ class Op:
         if instead is not None:
             return instead(self, args)
         args = tuple(self._cast(args))
-        operator = self.operator(self._choose(args, backend))
+        operator = self.operator(self.choose(args, backend))
         if compiling:
             return operator(*args)
         try:
@@ -124,7 +124,8 @@ class Op:
             self.check_values(*args)  # a kernel stops in few words: this names the culprit
             raise
 
-    def _choose(self, args: Sequence[Any], backend: str) -> str:
+    def choose(self, args: Sequence[Any], backend: str) -> str:
+        """Return the name of the backend that a call takes, or raise BackendError."""
         wanted = _FORCED if backend == "auto" else backend
         chosen = None
         for candidate in self.backends:

@@ -30,7 +30,11 @@ class Compiled:
 
 def triton_modules() -> list[str]:
     """Return the names of the modules in kernels/, but for the functions they share."""
-    return sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
+    return sorted(
+        path.stem
+        for path in (ROOT / "kernels").glob("*.py")
+        if path.stem[0] != "_" or "def compile_configs" in path.read_text()
+    )
 
 
 def cuda_sources() -> list[Path]:

@@ -110,7 +110,7 @@ def test_two_ranks_give_the_bits_of_one_process(found, case):
         for name, value in alone.state_dict().items():
             assert value.view(torch.uint8).equal(state[name].view(torch.uint8)), (key, name)
     if case.startswith("empty"):
-        assert alone.history[0].reseeded[0] >= 16 and alone.history[1].reseeded[0] >= 5
+        assert alone.history[0].reseeded[0] >= 8
 
 
 def test_the_cases_differ(found):

@@ -1,8 +1,8 @@
 """Lloyd's iterations under a bound on the weight of a cluster.
 
 Every codeword has a price, paid beside the squared distance: a dual variable of the bound. Prices
-follow what the clusters weigh from one assignment to the next, so that codewords move to where the
-rows are. They meet the bound nearly; the last assignment is made to meet it exactly.
+follow what the clusters weigh, and meet the bound nearly. What is still too much in a cluster is
+moved before every update, which draws codewords from afar to where the rows are.
 """
 
 from __future__ import annotations
@@ -41,23 +41,20 @@ def balanced_lloyd(
     tolerance: float,
     step: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Assigned, LevelFit]:
-    """As `lloyd`; but no cluster of the last update weighs `balance` fair shares and a row more.
+    """As `lloyd`; but no cluster of an update weighs as much as `balance` fair shares and a row.
 
     The assignment that is returned is the plain one, without prices.
     """
     course, prices = LevelFit(), book.new_zeros(len(book))
-    while True:
+    last = False
+    while not last:
         found = shard.assign(book, quanta, prices)
         course.inertia.append(float(found.inertia))
         step()
         bound = fair_share(found.mass, balance)
-        within = bool((found.mass < bound + shard.heaviest).all())
-        last = len(course.reseeded) == iterations - 1 or (within and course.settled(tolerance))
-        if last:
-            found = enforce(shard, book, quanta, prices, found, bound)
-        book = update(shard, book, found, course)
-        if last:
-            break
+        last = len(course.reseeded) == iterations - 1 or course.steady(tolerance)
+        bounded = enforce(shard, book, quanta, prices, found, bound)
+        book = update(shard, book, bounded, course)
         prices = follow(prices, found, bound)
     found = shard.assign(book, quanta)
     course.inertia.append(float(found.inertia))

@@ -36,6 +36,11 @@ class LevelFit:
             return now == 0
         return self.inertia[-2] - now <= tolerance * self.inertia[-2]
 
+    def steady(self, tolerance: float) -> bool:
+        """Tell whether it is settled and the inertia, which prices may raise, has not risen."""
+        rise = self.inertia[-1] - self.inertia[-2] if len(self.inertia) > 1 else 0
+        return self.settled(tolerance) and rise <= tolerance * self.inertia[-1]
+
 
 def lloyd(
     shard: Shard,

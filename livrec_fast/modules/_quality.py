@@ -46,14 +46,14 @@ def measure(rows: Rows, codebooks: list[Tensor], backend: str) -> Quality:
     depth, mean = len(codebooks), _mean(rows)
     squares = torch.zeros(1 + depth, dtype=torch.float64, device=rows.device)
     used = [squares.new_zeros(len(book), dtype=torch.int64) for book in codebooks]
-    keys = _Keys([len(book) for book in codebooks])
-    for _, block in rows.chunks(_CHUNK):
+    keys = _Keys([len(book) for book in codebooks], rows)
+    for part, block in rows.chunks(_CHUNK):
         found = residual_kmeans_details(block, codebooks, backend=backend)
         squares[0] += (block.double() - mean).square().sum(1).sum()
         squares[1:] += found.residual_norms.double().square().sum(0)
         for level, book in enumerate(codebooks):
             used[level] += found.codes[:, level].int().bincount(minlength=len(book))
-        keys.add(found.codes)
+        keys.put(part, found.codes)
     variance, *error = (squares / rows.count).tolist()
     shares = [count.double() / rows.count for count in used]
     groups = keys.groups()
@@ -79,7 +79,7 @@ def _mean(rows: Rows) -> Tensor:
 class _Keys:
     """Codes as one number per row, as long as 63 bits hold them, and else as several."""
 
-    def __init__(self, sizes: list[int]):
+    def __init__(self, sizes: list[int], rows: Rows):
         self._columns: list[list[tuple[int, int]]] = [[]]  # level and size, by number
         product = 1
         for level, size in enumerate(sizes):
@@ -88,23 +88,19 @@ class _Keys:
                 product = 1
             self._columns[-1].append((level, size))
             product *= size
-        self._keys: list[Tensor] = []
+        shape = (len(self._columns), rows.count)
+        self._keys = torch.zeros(shape, dtype=torch.int64, device=rows.device)
 
-    def add(self, codes: Tensor) -> None:
-        keys = []
-        for column in self._columns:
-            key = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+    def put(self, part: slice, codes: Tensor) -> None:
+        for keys, column in zip(self._keys, self._columns, strict=True):
             for level, size in column:
-                key = key * size + codes[:, level]
-            keys.append(key)
-        self._keys.append(torch.stack(keys, 1))
+                keys[part] = keys[part] * size + codes[:, level]
 
     def groups(self) -> Tensor:
         """Return how many rows have each code that occurs."""
-        keys = torch.cat(self._keys)
-        if keys.shape[1] == 1:
-            return keys[:, 0].unique(return_counts=True)[1]
-        return keys.unique(dim=0, return_counts=True)[1]
+        if len(self._keys) == 1:
+            return self._keys[0].unique(return_counts=True)[1]
+        return self._keys.unique(dim=1, return_counts=True)[1]
 
 
 def _ratio(error: float, variance: float) -> float:

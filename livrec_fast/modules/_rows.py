@@ -71,26 +71,41 @@ class MappedRows:
         self._levels: list[tuple[Tensor, Tensor]] = []
 
     def chunks(self, most: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield all rows in order, at most `most` at a time."""
-        most = min(most, max(1, _READ // self.dim))
+        """Yield all rows in order, at most `most` at a time; the next take over their place."""
+        most = min(most, max(1, _READ // self.dim), max(1, self.count))
+        room = self._room(most)
         for start in range(0, self.count, most):
             part = slice(start, min(start + most, self.count))
-            yield part, self._left_of(part, part)
+            yield part, self._left_of(part, part, room, part.stop - start)
 
     def take(self, index: Tensor) -> Tensor:
         """Return a copy of some rows, read in the order of the file."""
         ordered, order = index.sort()
-        return self._left_of(ordered.numpy(), ordered)[order.argsort()]
+        rows = self._left_of(ordered.numpy(), ordered, self._room(len(index)), len(index))
+        return torch.empty_like(rows).index_copy_(0, order, rows)
 
     def subtract(self, book: Tensor, codes: Tensor) -> None:
         """Subtract these codewords, one per row, from whatever is read from now on."""
         self._levels.append((book, codes.to(code_dtype(len(book)))))
 
-    def _left_of(self, part: slice | np.ndarray, codes_at: slice | Tensor) -> Tensor:
-        wide = np.float64 if self.dtype == torch.float64 else np.float32
-        rows = torch.from_numpy(np.array(self._array[part], wide, order="C", subok=False))
+    def _room(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return room for rows, for their codewords, and for rows as they are in the array."""
+        rows, words = (torch.empty(count, self.dim, dtype=self.dtype) for _ in range(2))
+        half = self._array.dtype.itemsize == 2
+        return rows, words, torch.empty_like(rows, dtype=torch.float16) if half else rows
+
+    def _left_of(
+        self,
+        part: slice | np.ndarray,
+        codes_at: slice | Tensor,
+        room: tuple[Tensor, Tensor, Tensor],
+        count: int,
+    ) -> Tensor:
+        rows, words, given = (space[:count] for space in room)
+        given.numpy()[...] = self._array[part]
+        rows.copy_(given)
         for book, codes in self._levels:
-            rows -= book.index_select(0, codes[codes_at].int())
+            rows -= torch.index_select(book, 0, codes[codes_at].int(), out=words)
         return rows
 
 

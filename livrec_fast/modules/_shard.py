@@ -76,7 +76,8 @@ class Shard:
 
     def assign(self, book: Tensor, quanta: Tensor, penalty: Tensor | None = None) -> Assigned:
         """Find each row's codeword by `kmeans_step`, and add up over all ranks."""
-        codes, errors = [], []
+        codes = torch.empty(self.rows.count, dtype=torch.int32, device=book.device)
+        error = torch.empty(self.rows.count, dtype=book.dtype, device=book.device)
         sums, mass = torch.zeros_like(book, dtype=torch.float64), quanta.new_zeros(len(book))
         inertia = quanta.new_zeros(())
         for part, block in self.rows.chunks(self.most_at_once(book, penalty, quanta)):
@@ -84,17 +85,15 @@ class Shard:
                 block, book, weights=None if self.weights is None else self.weights[part],
                 penalty=penalty, quanta=quanta, backend=self.backend,
             )  # fmt: skip
-            codes.append(step.codes)
-            errors.append(step.error)
+            codes[part], error[part] = step.codes, step.error
             sums, mass, inertia = sums + step.sums, mass + step.mass, inertia + step.inertia
         sums, mass, inertia = self.ranks.sum(sums, mass, inertia)
-        none = book.new_empty(0)
-        return Assigned(_joined(codes, none.int()), _joined(errors, none), sums, mass, inertia)
+        return Assigned(codes, error, sums, mass, inertia)
 
     def most_at_once(self, book: Tensor, penalty: Tensor | None, quanta: Tensor) -> int:
         """Return how many rows a call of `kmeans_step` may have."""
         op = OPS["kmeans_step"]
-        if op._choose((book[:0], book, None, penalty, quanta), self.backend) != "reference":
+        if op.choose((book[:0], book, None, penalty, quanta), self.backend) != "reference":
             return _KERNEL_ROWS
         return max(1, min(_REFERENCE_ROWS, _REFERENCE_ELEMENTS // max(book.shape)))
 
@@ -159,7 +158,3 @@ def check_enough(shard: Shard, needed: int) -> None:
 def fair_share(mass: Tensor, balance: float) -> float:
     """Return the weight that a codeword may have: `balance` times an even share."""
     return balance * math.fsum(mass.tolist()) / len(mass)
-
-
-def _joined(parts: list[Tensor], none: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([none, *parts])

@@ -170,10 +170,10 @@ def residual_kmeans_encode(
         int32. M = 0 gives [0, L].
 
     Ties go to the lowest code. Numerics: float16 and bfloat16 are widened to float32. At each level
-    the code equals float64's wherever the best two values of r.c - |c|^2/2 differ by more than
-    8 (D + 1) eps (|r| max|c| + max|c|^2), eps = 2^-23; elsewhere it is one whose value is that near
-    the best. Codes are the same for any thread count and any batch. Autocast leaves the inputs as
-    they are. Not differentiable.
+    the code of r, the residual in float32, equals float64's wherever the best two values of
+    r.c - |c|^2/2 differ by more than 8 (D + 1) (eps (|r| max|c| + max|c|^2) + 2^-149), eps = 2^-23;
+    elsewhere it is one whose value is that near the best. Codes are the same for any thread count
+    and any batch. Autocast leaves the inputs as they are. Not differentiable.
 
     With AVX-512 VNNI, rounding to bytes finds the few codewords that can be nearest, under an error
     bound computed for each row, and float32 chooses among them: codes obey the same rule.

@@ -34,8 +34,10 @@ def quanta_of(x: Tensor, codebook: Tensor, weights: Tensor | None) -> Tensor:
     """Return the quanta [3] of the sums, the mass and the inertia that these rows can have."""
     if len(x) == 0:
         return x.new_ones(3, dtype=torch.float64)
-    largest = x.abs().amax().double()
-    longest = torch.stack([rows.double().square().sum(1).amax() for rows in (x, codebook)]).amax()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    largest = torch.stack(x.aminmax()).abs().amax().double()
+    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=wide) for rows in (x, codebook)]
+    longest = 1.001 * torch.cat(norms).amax().double().square()  # norms err in their last bits
     heaviest = largest.new_ones(()) if weights is None else weights.amax().double()
     return quantum_of(len(x) * heaviest * torch.stack([largest, largest.new_ones(()), 4 * longest]))
 

@@ -80,10 +80,12 @@ def rounding_bound(residual: Tensor, codebook: Tensor) -> Tensor:
 
     A sum of n products in any order errs by at most n * eps * sum |products|; here n = D + 1. The
     residual is the float32 one, whose own rounding is no part of this: it follows from the codes.
+    Products below 2^-126 err by 2^-149 at most instead.
     """
-    eps = torch.finfo(torch.float32).eps
+    eps, least = torch.finfo(torch.float32).eps, 2.0**-149
     longest = codebook.norm(dim=1).max()
-    return 4 * (residual.shape[1] + 1) * eps * (residual.norm(dim=1) * longest + longest.square())
+    size = residual.norm(dim=1) * longest + longest.square()
+    return 4 * (residual.shape[1] + 1) * (eps * size + least)
 
 
 def hold_to_rule(what: str, code: Tensor, score: Tensor, bound: Tensor) -> None:
