@@ -27,7 +27,7 @@ namespace {
 constexpr int kPanel = 32;     // codewords in a panel
 constexpr int kTileRows = 12;  // rows that meet a panel in registers
 constexpr int kChunk = 512;    // codewords whose scores are kept at a time
-constexpr int kMost = 32;      // candidates of a row, beyond which float32 is quicker
+constexpr int kMost = 128;     // candidates of a row that there is room for
 constexpr int kPairs = kBlockRows * kMost + kChunk + 16;
 constexpr int kAhead = 16;  // rows to fetch ahead
 constexpr float kTiny = 1e-30f;
@@ -57,6 +57,11 @@ struct alignas(64) Scratch {
 int64_t quads_of(int64_t dim) { return (dim + 3) / 4; }
 int64_t row_bytes(int64_t dim) { return (dim + 15) / 16 * 16; }
 int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
+
+// Candidates of a row beyond which scoring every codeword in float32 is quicker.
+int32_t most_candidates(int64_t size) {
+  return static_cast<int32_t>(size < 128 ? 16 : size < 8 * kMost ? size / 8 : kMost);
+}
 
 LIVREC_INLINE __mmask16 lanes_left(int64_t count) {
   return count >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << count) - 1u);
@@ -227,7 +232,7 @@ void score_chunk(const Codebook& codebook, int64_t begin, int64_t end, const uin
 
 // Adds to the candidates those of the chunk [begin, end) whose upper bound reaches the greatest
 // lower bound of their row so far. A row with too many, or without a bound, is given up.
-void collect(int64_t begin, int64_t end, int64_t count, Scratch* scratch) {
+void collect(int64_t begin, int64_t end, int64_t count, int32_t most, Scratch* scratch) {
   for (int64_t i = 0; i < count; i += 16)
     _mm512_store_ps(scratch->least + i, _mm512_sub_ps(join_lanes(scratch->best + i, Most{}),
                                                       _mm512_load_ps(scratch->rows.slack + i)));
@@ -257,22 +262,28 @@ void collect(int64_t begin, int64_t end, int64_t count, Scratch* scratch) {
     }
     for (; j < end; j += 16) take(j);
     scratch->found[i] += static_cast<int32_t>(pairs - before);
-    if (!(scratch->least[i] > -kInfinity)) scratch->found[i] = kMost + 1;
-    if (scratch->found[i] > kMost) pairs = before;
+    if (!(scratch->least[i] > -kInfinity)) scratch->found[i] = most + 1;
+    if (scratch->found[i] > most) pairs = before;
   }
   scratch->pairs = pairs;
 }
 
-// Keeps of the candidates those that the final bounds allow.
-void sift(Scratch* scratch) {
+// Keeps of the candidates those that the bounds by now allow, and counts them anew.
+void sift(int64_t count, int32_t most, Scratch* scratch) {
+  int32_t kept[kBlockRows] = {};
   int64_t pairs = 0;
   for (int64_t k = 0; k < scratch->pairs; ++k) {
     const int32_t i = scratch->row[k];
+    const bool stays = scratch->score[k] >= scratch->least[i] && scratch->found[i] <= most;
     scratch->row[pairs] = i;
     scratch->code[pairs] = scratch->code[k];
-    pairs += scratch->score[k] >= scratch->least[i] && scratch->found[i] <= kMost;
+    scratch->score[pairs] = scratch->score[k];
+    pairs += stays;
+    kept[i] += stays;
   }
   scratch->pairs = pairs;
+  for (int64_t i = 0; i < count; ++i)
+    if (scratch->found[i] <= most) scratch->found[i] = kept[i];
 }
 
 LIVREC_INLINE __m512 products(const float* row, const float* codeword, int64_t dim) {
@@ -424,16 +435,17 @@ Rows nearest_in_bytes(const Codebook& codebook, const Rows& rows, int32_t* codes
   for (int64_t i = 0; i < rows.count; ++i)
     scratch->best[i] = _mm512_set1_ps(-kInfinity), scratch->found[i] = 0;
   scratch->pairs = 0;
+  const int32_t most = most_candidates(codebook.size);
   for (int64_t begin = 0; begin < codebook.size; begin += kChunk) {
     const int64_t end = begin + kChunk < codebook.size ? begin + kChunk : codebook.size;
     score_chunk(codebook, begin, end, q, rows.count, scratch);
-    collect(begin, end, rows.count, scratch);
+    collect(begin, end, rows.count, most, scratch);
+    if (begin > 0) sift(rows.count, most, scratch);
   }
-  if (codebook.size > kChunk) sift(scratch);
   settle(codebook, rows, codes, scratch);
   int64_t hard_rows = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
-    if (codes[i] >= 0 && scratch->found[i] <= kMost) continue;
+    if (codes[i] >= 0 && scratch->found[i] <= most) continue;
     __builtin_memcpy(hard + hard_rows * codebook.dim, rows.first + i * rows.stride,
                      static_cast<size_t>(codebook.dim) * 4);
     left[hard_rows++] = static_cast<int32_t>(i);

@@ -179,7 +179,7 @@ def residual_kmeans_encode(
     bound computed for each row, and float32 chooses among them: codes obey the same rule.
 
     Workspace on a CPU: one float32 copy of the codebooks (two where they are not contiguous
-    float32), with AVX-512 VNNI a quarter of one more, and 450 D + 150,000 bytes per thread; a copy
+    float32), with AVX-512 VNNI a quarter of one more, and 450 D + 210,000 bytes per thread; a copy
     of x only where its columns are strided. On a GPU: 10 bytes per number of the
     codebooks, N_l rounded up to a multiple of 128 and D to a power of two from 16 on or, beyond 128
     (32 before compute capability 9.0), to a multiple of 32; beyond, also 1,024 D bytes per
