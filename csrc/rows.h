@@ -2,31 +2,17 @@
 #pragma once
 
 #include "codebook.h"
-#include "vectors.h"
+#include "halves.h"
 
 namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-LIVREC_INLINE float float_of(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Below 0x400 a multiple of 2^-24, from 0x7c00 infinities and NaNs, between them normal.
-LIVREC_INLINE float float_of_f16(uint32_t half) {
-  const uint32_t size = half & 0x7fff, sign = (half & 0x8000) << 16;
-  const float small = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f;
-  const uint32_t large = (size << 13) + ((size < 0x7c00 ? 112u : 224u) << 23);
-  return size < 0x400 ? (sign ? -small : small) : float_of(sign | large);
-}
-
 inline void widen(const uint16_t* row, Float type, int64_t count, float* out) {
   if (type == Float::f16)
     for (int64_t i = 0; i < count; ++i) out[i] = float_of_f16(row[i]);
   else
-    for (int64_t i = 0; i < count; ++i) out[i] = float_of(static_cast<uint32_t>(row[i]) << 16);
+    for (int64_t i = 0; i < count; ++i) out[i] = float_of_bf16(row[i]);
 }
 
 // Rows [begin, begin + count) of x: as they lie, or widened into `space` [count, dim].

@@ -2,6 +2,7 @@
 // internal linkage: the same text becomes other code at every level.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if !defined(LIVREC_ISA)

@@ -11,6 +11,7 @@ from .ops.kmeans_step import KMeansStep, kmeans_quanta, kmeans_step
 from .ops.majority_vote import majority_vote
 from .ops.pack_codes import pack_codes, unpack_codes
 from .ops.prefix_ngram import prefix_ngram_lookup
+from .ops.prefix_ngram_gradient import prefix_ngram_gradient
 from .ops.residual_kmeans import (
     ResidualKMeansDetails,
     residual_kmeans_decode,
@@ -36,6 +37,7 @@ __all__ = [
     "kmeans_step",
     "majority_vote",
     "pack_codes",
+    "prefix_ngram_gradient",
     "prefix_ngram_lookup",
     "residual_kmeans_decode",
     "residual_kmeans_details",

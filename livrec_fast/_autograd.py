@@ -146,8 +146,9 @@ def register_gradient(
         operator = getattr(getattr(torch.ops.livrec, f"{name}_backward"), backend)
         found = iter(operator(list(grads), *args, list(tensors), needs))
         filled = with_tensors(ctx.args, [next(found) if need else None for need in needs])
-        return tuple(
-            grad if tensors_of([arg]) else None for arg, grad in zip(ctx.args, filled, strict=True)
+        return tuple(  # torch takes an empty list for one of tensors, and wants it back
+            grad if tensors_of([arg]) else [] if isinstance(arg, list) and not arg else None
+            for arg, grad in zip(ctx.args, filled, strict=True)
         )
 
     torch.library.register_fake(f"livrec::{qualified}", fake, lib=library)

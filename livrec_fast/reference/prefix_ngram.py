@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -10,6 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._oracle import Oracle, randn, random_offsets
+from .pack_codes import pack_codes, unpack_codes
+
+
+def groups_of(levels: Sequence[int], groups: Sequence[int]) -> list[slice]:
+    """Return the columns of each group of levels."""
+    ends = list(accumulate(groups))
+    assert ends[-1] == len(levels)
+    return [slice(end - size, end) for end, size in zip(ends, groups, strict=True)]
 
 
 def prefix_keys(codes: Tensor, levels: Sequence[int]) -> Tensor:
@@ -27,6 +37,67 @@ def prefix_keys(codes: Tensor, levels: Sequence[int]) -> Tensor:
     return torch.stack(keys, 1)
 
 
+def _times(a: Tensor, b: int) -> Tensor:
+    """Multiply modulo 2^64; torch's int64 wraps, but takes constants up to 2^63 only."""
+    return a * (b - 2**64 if b >= 2**63 else b)
+
+
+def _shifted(a: Tensor, bits: int) -> Tensor:
+    """Shift right, zeros from the left: torch's shift brings the sign."""
+    return (a >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _rotated(a: Tensor, bits: int) -> Tensor:
+    return (a << bits) | _shifted(a, 64 - bits)
+
+
+def _mixed(a: Tensor) -> Tensor:
+    a = _times(a ^ _shifted(a, 33), 0xFF51AFD7ED558CCD)
+    a = _times(a ^ _shifted(a, 33), 0xC4CEB9FE1A85EC53)
+    return a ^ _shifted(a, 33)
+
+
+def murmur3(key: Tensor) -> Tensor:
+    """MurmurHash3 (x64, 128 bits) of the 16 bytes (key, 0), seed 0, its halves combined by xor."""
+    low = _times(_rotated(_times(key, 0x87C37B91114253D5), 31), 0x4CF5AD432745937F)
+    low = _rotated(low, 27) * 5 + 0x52DCE729
+    high = low * 5 + 0x38495AB5
+    low, high = low ^ 16, high ^ 16
+    low = low + high
+    high = high + low
+    low, high = _mixed(low), _mixed(high)
+    low = low + high
+    return low ^ (high + low)
+
+
+def _remainder(a: Tensor, size: int) -> Tensor:
+    """Return the remainder of a, read as unsigned, by size."""
+    high, low = _shifted(a, 1), a & 1
+    return ((high % size) * 2 % size + low) % size if size < 2**62 else _wide_remainder(a, size)
+
+
+def _wide_remainder(a: Tensor, size: int) -> Tensor:
+    return torch.tensor([int(v) % 2**64 % size for v in a.tolist()], dtype=torch.int64)
+
+
+def table_rows(key: Tensor, keys: int, rows: int, hashing: str) -> Tensor:
+    """Return the row of each key among `keys`: the key where rows hold all, else its hash.
+
+    order_preserving: floor(key * floor(rows * 2^64 / keys) / 2^64).
+    """
+    if rows >= keys:
+        return key
+    if hashing == "modulo":
+        return key % rows
+    if hashing == "murmur3":
+        return _remainder(murmur3(key), rows)
+    scale = (rows << 64) // keys
+    a, b = (_shifted(key, 32), key & 0xFFFFFFFF), (scale >> 32, scale & 0xFFFFFFFF)
+    middle = a[0] * b[1] + _shifted(a[1] * b[1], 32)
+    rest = a[1] * b[0] + (middle & 0xFFFFFFFF)
+    return a[0] * b[0] + _shifted(middle, 32) + _shifted(rest, 32)
+
+
 def prefix_ngram_lookup(
     codes: Tensor,
     tables: Sequence[Tensor],
@@ -35,19 +106,30 @@ def prefix_ngram_lookup(
     offsets: Tensor | None = None,
     pool: str | None = None,
     hashing: str = "modulo",
+    groups: Sequence[int] | None = None,
+    packed: bool = False,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
-    """E_1[key_1 mod H_1] || ... || E_L[key_L mod H_L], or their sum; then pooled per history.
+    """E_1[row of key_1] || ... || E_L[row of key_L], or their sum; then pooled per history.
 
     Sums of float16 and bfloat16 are taken in float32 and rounded once.
     """
-    dtype = tables[0].dtype
+    dtype = torch.float32 if tables[0].dtype == torch.int8 else tables[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = unpack_codes(codes, levels) if packed else codes
     parts = []
-    for key, table in zip(prefix_keys(codes, levels).T, tables, strict=True):
-        # each distinct row once: its gradient, too, is then summed wide and rounded once
-        rows, place = torch.unique(key.clamp(min=0) % len(table), return_inverse=True)
-        part = F.embedding(place, F.embedding(rows, table).to(wide))
-        parts.append(torch.where(key[:, None] >= 0, part, 0))
+    for group in groups_of(levels, groups or [len(levels)]):
+        keys = prefix_keys(codes[:, group], levels[group])
+        counts = accumulate(levels[group], mul)
+        for at, (key, count) in enumerate(zip(keys.T, counts, strict=True), group.start):
+            row = table_rows(key.clamp(min=0), count, len(tables[at]), hashing)
+            # each distinct row once: its gradient, too, is then summed wide and rounded once
+            rows, place = torch.unique(row, return_inverse=True)
+            chosen = F.embedding(rows, tables[at]).to(wide)
+            if scales:
+                chosen = chosen * scales[at][rows, None]
+            part = F.embedding(place, chosen)
+            parts.append(torch.where(key[:, None] >= 0, part, 0))
     out = torch.cat(parts, 1) if mode == "concat" else torch.stack(parts).sum(0)
     if offsets is not None:
         out = torch.segment_reduce(out, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
@@ -68,6 +150,9 @@ def make_inputs(
     H: int,
     summed: int,
     pool: int,
+    hash: int,
+    split: int,
+    pack: int,
 ) -> dict[str, Any]:
     """Draw B histories of at most T items, a code in twelve unknown, and tables of <= H rows."""
     offsets = random_offsets(generator, B, T)
@@ -76,30 +161,42 @@ def make_inputs(
     codes = torch.randint(2**31 - 1, shape, generator=generator) % torch.tensor(levels)
     unknown = torch.randint(12, shape, generator=generator) == 0
     dims = [d if summed else d + level for level in range(L)]
-    rows = [min(H, int(torch.tensor(levels[: level + 1]).prod())) for level in range(L)]
+    groups = [1] * min(split, L - 1) + [L - min(split, L - 1)]
+    keys = [count for part in groups_of(levels, groups) for count in accumulate(levels[part], mul)]
+    rows = [min(H, count) for count in keys]
+    codes = pack_codes(codes, levels) if pack else codes.masked_fill(unknown, -1).to(torch.int16)
     return {
-        "codes": codes.masked_fill(unknown, -1).to(torch.int16),
+        "codes": codes,
         "tables": [randn(generator, dtype, *shape) for shape in zip(rows, dims, strict=True)],
         "levels": levels,
         "mode": "sum" if summed else "concat",
         "offsets": offsets if pool else None,
         "pool": (None, "sum", "mean")[pool],
+        "hashing": ("modulo", "murmur3", "order_preserving")[hash],
+        "groups": groups,
+        "packed": bool(pack),
     }
 
 
-_SIZES = {
+SIZES = {
     "B": (1, 12), "T": (0, 9), "L": (1, 4), "N": (1, 12), "d": (1, 20), "H": (1, 300),
-    "summed": (0, 1), "pool": (0, 2),
+    "summed": (0, 1), "pool": (0, 2), "hash": (0, 2), "split": (0, 3), "pack": (0, 1),
 }  # fmt: skip
-_TYPICAL = {"B": 16, "T": 20, "L": 3, "N": 6, "d": 8, "H": 100, "summed": 0, "pool": 0}
-_CASES = {
+_PLAIN = {"summed": 0, "pool": 0, "hash": 0, "split": 0, "pack": 0}
+_TYPICAL = {"B": 16, "T": 20, "L": 3, "N": 6, "d": 8, "H": 100, **_PLAIN}
+CASES = {
     "typical": _TYPICAL,
     "sum": {**_TYPICAL, "summed": 1},
     "pooled sum": {**_TYPICAL, "pool": 1},
     "sum, pooled mean": {**_TYPICAL, "summed": 1, "pool": 2},
+    "murmur3": {**_TYPICAL, "hash": 1},
+    "order preserving, sum": {**_TYPICAL, "hash": 2, "summed": 1},
+    "level by level": {**_TYPICAL, "split": 3},
+    "two groups": {**_TYPICAL, "split": 1, "L": 4, "hash": 1},
+    "packed": {**_TYPICAL, "pack": 1},
     "no items": {**_TYPICAL, "T": 0},
     "empty histories": {**_TYPICAL, "T": 0, "pool": 2},
     "no histories": {**_TYPICAL, "B": 0, "T": 0, "pool": 1},
-    "one of each": {"B": 1, "T": 1, "L": 1, "N": 1, "d": 1, "H": 1, "summed": 0, "pool": 0},
+    "one of each": {"B": 1, "T": 1, "L": 1, "N": 1, "d": 1, "H": 1, **_PLAIN},
 }
-ORACLES = {"prefix_ngram_lookup": Oracle(prefix_ngram_lookup, make_inputs, _SIZES, _CASES)}
+ORACLES = {"prefix_ngram_lookup": Oracle(prefix_ngram_lookup, make_inputs, SIZES, CASES)}

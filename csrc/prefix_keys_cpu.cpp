@@ -1,0 +1,145 @@
+#include "prefix_ngram_gradient.h"
+
+#include "vectors.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+uint64_t rotated(uint64_t value, int bits) { return (value << bits) | (value >> (64 - bits)); }
+
+uint64_t mixed(uint64_t value) {
+  value = (value ^ (value >> 33)) * 0xff51afd7ed558ccdull;
+  value = (value ^ (value >> 33)) * 0xc4ceb9fe1a85ec53ull;
+  return value ^ (value >> 33);
+}
+
+// The two halves of MurmurHash3 (x64, 128 bits) of the 16 bytes (key, 0), seed 0, combined by xor.
+uint64_t murmur3(uint64_t key) {
+  uint64_t low = rotated(key * 0x87c37b91114253d5ull, 31) * 0x4cf5ad432745937full;
+  low = rotated(low, 27) * 5 + 0x52dce729;
+  uint64_t high = rotated(0, 31) + low;
+  high = high * 5 + 0x38495ab5;
+  low ^= 16, high ^= 16;
+  low += high, high += low;
+  low = mixed(low), high = mixed(high);
+  low += high, high += low;
+  return low ^ high;
+}
+
+template <typename Code>
+void read_column(const Codes& codes, int64_t level, int64_t begin, int64_t count, int64_t* out) {
+  const Code* from = static_cast<const Code*>(codes.data) + begin * codes.row_stride +
+                     (codes.skipped + level) * codes.column_stride;
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int64_t>(from[i * codes.row_stride]);
+}
+
+int width_of(int64_t size) {
+  int bits = 0;
+  while (bits < 63 && (int64_t{1} << bits) < size) ++bits;
+  return bits;
+}
+
+void read_packed(const Codes& codes, int64_t level, int64_t begin, int64_t count, int64_t* out) {
+  int64_t at = 0;
+  for (int64_t l = -codes.skipped; l < level; ++l) at += width_of(codes.levels[l].size);
+  const int width = width_of(codes.levels[level].size);
+  const uint8_t* row = static_cast<const uint8_t*>(codes.data) + begin * codes.row_stride;
+  for (int64_t i = 0; i < count; ++i, row += codes.row_stride) {
+    uint64_t value = 0;
+    for (int64_t bit = at; bit < at + width;) {
+      const int64_t left = bit % 8,
+                    take = 8 - left < at + width - bit ? 8 - left : at + width - bit;
+      const uint64_t piece = (row[bit / 8] >> left) & ((1u << take) - 1u);
+      value |= piece << (bit - at);
+      bit += take;
+    }
+    out[i] = static_cast<int64_t>(value);
+  }
+}
+
+void read_codes(const Codes& codes, int64_t level, int64_t begin, int64_t count, int64_t* out) {
+  switch (codes.type) {
+    case CodeType::u8:
+      return read_column<uint8_t>(codes, level, begin, count, out);
+    case CodeType::i8:
+      return read_column<int8_t>(codes, level, begin, count, out);
+    case CodeType::i16:
+      return read_column<int16_t>(codes, level, begin, count, out);
+    case CodeType::i32:
+      return read_column<int32_t>(codes, level, begin, count, out);
+    case CodeType::i64:
+      return read_column<int64_t>(codes, level, begin, count, out);
+    case CodeType::packed:
+      return read_packed(codes, level, begin, count, out);
+  }
+}
+
+// keys to rows; -1 stays.
+void hash_keys(const PrefixLevel& level, const int64_t* keys, int64_t count, int64_t* rows) {
+  const uint64_t mask = level.rows - 1;
+  const bool power = (level.rows & mask) == 0;
+  const auto scale =
+      level.hash == KeyHash::order_preserving
+          ? static_cast<uint64_t>((static_cast<unsigned __int128>(level.rows) << 64) / level.keys)
+          : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto key = static_cast<uint64_t>(keys[i]);
+    uint64_t row = key;
+    if (level.hash == KeyHash::order_preserving)
+      row = static_cast<uint64_t>((static_cast<unsigned __int128>(key) * scale) >> 64);
+    else if (level.hash != KeyHash::none) {
+      const uint64_t hashed = level.hash == KeyHash::murmur3 ? murmur3(key) : key;
+      row = power ? hashed & mask : hashed % level.rows;
+    }
+    rows[i] = keys[i] < 0 ? -1 : static_cast<int64_t>(row);
+  }
+}
+
+}  // namespace
+
+int64_t prefix_ngram_rows(const Codes& codes, int64_t begin, int64_t end, int64_t* rows) {
+  int64_t keys[kPrefixBlock] = {}, given[kPrefixBlock];
+  const int64_t count = end - begin;
+  int64_t first_bad = -1;
+  for (int64_t l = 0; l < codes.level_count; ++l) {
+    const PrefixLevel& level = codes.levels[l];
+    read_codes(codes, l, begin, count, given);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t before = level.begins ? 0 : keys[i], code = given[i];
+      const bool inside = code >= -1 && code < level.size;
+      if (!inside && (first_bad < 0 || begin + i < first_bad)) first_bad = begin + i;
+      keys[i] = before < 0 || code < 0 || !inside ? -1 : before * level.size + code;
+    }
+    hash_keys(level, keys, count, rows + l * kPrefixBlock);
+  }
+  return first_bad;
+}
+
+void prefix_gradient_hash(const PrefixLevel& level, const int64_t* keys, int64_t count,
+                          int64_t* rows) {
+  hash_keys(level, keys, count, rows);
+}
+
+int64_t prefix_gradient_words(const Codes& codes, const int64_t* shifts, int64_t begin, int64_t end,
+                              uint64_t* words, uint8_t* depths) {
+  int64_t given[kPrefixBlock], first_bad = -1;
+  for (int64_t item = begin; item < end; item += kPrefixBlock) {
+    const int64_t count = item + kPrefixBlock < end ? kPrefixBlock : end - item;
+    for (int64_t i = 0; i < count; ++i) words[item + i] = depths[item + i] = 0;
+    for (int64_t l = 0; l < codes.level_count; ++l) {
+      read_codes(codes, l, item, count, given);
+      for (int64_t i = 0; i < count; ++i) {
+        const bool inside = given[i] >= -1 && given[i] < codes.levels[l].size;
+        if (!inside && (first_bad < 0 || item + i < first_bad)) first_bad = item + i;
+        if (depths[item + i] < l || given[i] < 0 || !inside) continue;
+        words[item + i] |= static_cast<uint64_t>(given[i]) << shifts[l];
+        ++depths[item + i];
+      }
+    }
+  }
+  return first_bad;
+}
+
+}  // namespace LIVREC_ISA
+}  // namespace livrec
