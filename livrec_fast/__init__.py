@@ -1,9 +1,9 @@
 """Fast kernels for live-streaming recommendation, with readable references for each."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._dispatch import BackendError, explain
-from .modules.prefix_ngram import PrefixNgramEmbedding
-from .modules.residual_kmeans import ResidualKMeans
-from .modules.room_votes import RoomVotes
 from .ops.code_attention import code_attention
 from .ops.contrastive import in_batch_contrastive
 from .ops.history_search import history_search, history_search_codes
@@ -12,6 +12,7 @@ from .ops.majority_vote import majority_vote
 from .ops.pack_codes import pack_codes, unpack_codes
 from .ops.prefix_ngram import prefix_ngram_lookup
 from .ops.prefix_ngram_gradient import prefix_ngram_gradient
+from .ops.prefix_ngram_keys import prefix_ngram_keys
 from .ops.residual_kmeans import (
     ResidualKMeansDetails,
     residual_kmeans_decode,
@@ -20,14 +21,30 @@ from .ops.residual_kmeans import (
 )
 from .ops.target_attention import target_attention
 
+if TYPE_CHECKING:
+    from .modules import (
+        PairedPrefixNgramEmbedding,
+        PrefixNgramEmbedding,
+        ResidualKMeans,
+        RoomVotes,
+        RowAdagrad,
+        RowSGD,
+        RowwiseAdagrad,
+        shard_rows,
+    )
+
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "KMeansStep",
+    "PairedPrefixNgramEmbedding",
     "PrefixNgramEmbedding",
     "ResidualKMeans",
     "ResidualKMeansDetails",
     "RoomVotes",
+    "RowAdagrad",
+    "RowSGD",
+    "RowwiseAdagrad",
     "code_attention",
     "explain",
     "history_search",
@@ -38,10 +55,21 @@ __all__ = [
     "majority_vote",
     "pack_codes",
     "prefix_ngram_gradient",
+    "prefix_ngram_keys",
     "prefix_ngram_lookup",
     "residual_kmeans_decode",
     "residual_kmeans_details",
     "residual_kmeans_encode",
+    "shard_rows",
     "target_attention",
     "unpack_codes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the modules over the ops when one is first asked for: whoever calls ops needs none."""
+    if name in __all__:
+        value = getattr(import_module(".modules", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

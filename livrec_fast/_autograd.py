@@ -36,12 +36,13 @@ def with_tensors(args: Sequence[Any], tensors: Iterable[Any]) -> list[Any]:
     """Return `args` with their tensors replaced, in order, by `tensors`."""
     supply = iter(tensors)
 
-    def replace(arg: Any) -> Any:
-        if isinstance(arg, (list, tuple)):
-            return [replace(item) for item in arg]
+    def replace(arg: Any) -> Any:  # calls no one that holds it: tensors go when their users do
         return next(supply) if _is_slot(arg) else arg
 
-    return [replace(arg) for arg in args]
+    return [
+        [replace(item) for item in arg] if isinstance(arg, (list, tuple)) else replace(arg)
+        for arg in args
+    ]
 
 
 @contextmanager

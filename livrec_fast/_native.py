@@ -15,7 +15,7 @@ MEND = "pip install --no-build-isolation --force-reinstall --no-deps livrec-fast
 
 _C: ModuleType | None
 try:
-    from . import _C  # type: ignore[attr-defined,no-redef]
+    from . import _C  # type: ignore[no-redef]
 
     MISSING = None
 except ImportError as error:

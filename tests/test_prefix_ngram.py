@@ -22,106 +22,81 @@ def _pooled(good, *offsets, dtype=torch.int64):
     return {"offsets": torch.tensor(offsets, dtype=dtype), "pool": "sum"}
 
 
+def _small(good, **changed):
+    """Tables of int8 instead, with their scales."""
+    tables = [table.char() for table in good["tables"]]
+    scales = [torch.ones(len(table)) for table in tables]
+    return {"tables": tables, "scales": scales, **changed}
+
+
+def _scales(good, change):
+    scales = _small(good)["scales"]
+    return _small(good, scales=[scales[0], change(scales[1]), scales[2]])
+
+
+def _packed(good, width):
+    return {"codes": torch.zeros(len(good["codes"]), width, dtype=torch.uint8), "packed": True}
+
+
 BAD_INPUTS = {
     "prefix_ngram_lookup": [
-        ("codes list", lambda good: {"codes": [[0]]}, TypeError, "codes: .* list"),
+        ("codes list", lambda g: {"codes": [[0]]}, TypeError, "codes: .* list"),
+        ("codes float", lambda g: {"codes": g["codes"].float()}, TypeError, "codes: .* float32"),
+        ("few", lambda g: {"codes": g["codes"][:, 1:]}, ValueError, r"codes: .*\[M, 3\]"),
+        ("id = size", lambda g: _put(g, 6), IndexError, r"codes\[7, 0\] = 6 .* \[-1, 6\)"),
+        ("below -1", lambda g: _put(g, -2), IndexError, r"codes\[7, 0\] = -2 .* \[-1, 6\)"),
+        ("one table", lambda g: {"tables": g["tables"][0]}, TypeError, "tables: .* Tensor"),
+        ("few tables", lambda g: {"tables": g["tables"][1:]}, ValueError, "tables: .* 3, got 2"),
+        ("int", lambda g: _tables(g, torch.Tensor.int), TypeError, r"tables\[0\]: .* int32"),
+        ("half", lambda g: _tables(g, torch.Tensor.half), TypeError, r"tables\[1\]: dtype"),
+        ("1-d", lambda g: _tables(g, lambda t: t[0]), ValueError, r"tables\[0\]: shape"),
+        ("empty", lambda g: _tables(g, lambda t: t[:0]), ValueError, r"got \[0, 8\]"),
+        ("meta", lambda g: _tables(g, lambda t: t.to("meta")), ValueError, "device .* meta"),
+        ("d differ", lambda g: {"mode": "sum"}, ValueError, r"tables\[1\]: mode 'sum' .* 8, got 9"),
+        ("no levels", lambda g: {"levels": []}, ValueError, r"levels: .* got \[\]"),
+        ("level 0", lambda g: {"levels": [6, 0, 8]}, ValueError, r"levels: .* got \[6, 0, 8\]"),
+        ("too large", lambda g: {"levels": [2**21] * 3}, ValueError, r"product .* 2\^63 - 1"),
+        ("mode", lambda g: {"mode": "mean"}, ValueError, "mode: .* 'sum', got 'mean'"),
+        ("hash", lambda g: {"hashing": "xor"}, ValueError, "hashing: .*'modulo', .* got 'xor'"),
+        ("groups few", lambda g: {"groups": (1, 1)}, ValueError, r"groups: .* 3 .* got \(1, 1\)"),
+        ("group 0", lambda g: {"groups": (0, 3)}, ValueError, r"groups: .* got \(0, 3\)"),
+        ("group below", lambda g: {"groups": (4, -1)}, ValueError, r"groups: .* got \(4, -1\)"),
+        ("group float", lambda g: {"groups": (1.0, 2)}, ValueError, r"groups: .* got \(1.0, 2\)"),
         (
-            "codes float",
-            lambda good: {"codes": good["codes"].float()},
-            TypeError,
-            "codes: .* float32",
+            "group too large", lambda g: {"levels": [6, 2**31 - 1, 2**31 - 1], "groups": [3]},
+            ValueError, r"product .* 2\^63 - 1",
         ),
+        ("packed wide", lambda g: _packed(g, 3), ValueError, r"codes: .*\[M, 2\], got .*3\]"),
+        ("packed int16", lambda g: {"packed": True}, TypeError, "codes: .* uint8, got int16"),
         (
-            "codes few",
-            lambda good: {"codes": good["codes"][:, 1:]},
-            ValueError,
-            r"codes: .*\[M, 3\]",
+            "packed id", lambda g: {"codes": _packed(g, 2)["codes"] + 7, "packed": True},
+            IndexError, r"codes\[0, 0\] = 7 .* 6\)",
         ),
-        ("id = size", lambda good: _put(good, 6), IndexError, r"codes\[7, 0\] = 6 .* \[-1, 6\)"),
-        ("below -1", lambda good: _put(good, -2), IndexError, r"codes\[7, 0\] = -2 .* \[-1, 6\)"),
-        ("one table", lambda good: {"tables": good["tables"][0]}, TypeError, "tables: .* Tensor"),
+        ("int8 alone", lambda g: _small(g, scales=None), ValueError, "scales: int8 .* got None"),
         (
-            "few tables",
-            lambda good: {"tables": good["tables"][1:]},
-            ValueError,
-            "tables: .* 3, got 2",
+            "scales", lambda g: {"scales": _small(g)["scales"]}, ValueError,
+            "scales: go with int8 tables only, tables are float32",
         ),
-        (
-            "table int",
-            lambda good: _tables(good, torch.Tensor.int),
-            TypeError,
-            r"tables\[0\]: .* int32",
-        ),
-        (
-            "table half",
-            lambda good: _tables(good, torch.Tensor.half),
-            TypeError,
-            r"tables\[1\]: dtype",
-        ),
-        (
-            "table 1-d",
-            lambda good: _tables(good, lambda t: t[0]),
-            ValueError,
-            r"tables\[0\]: shape",
-        ),
-        ("table empty", lambda good: _tables(good, lambda t: t[:0]), ValueError, r"got \[0, 8\]"),
-        (
-            "table meta",
-            lambda good: _tables(good, lambda t: t.to("meta")),
-            ValueError,
-            "device .* meta",
-        ),
-        (
-            "d differ",
-            lambda good: {"mode": "sum"},
-            ValueError,
-            r"tables\[1\]: mode 'sum' .* 8, got 9",
-        ),
-        ("no levels", lambda good: {"levels": []}, ValueError, r"levels: .* got \[\]"),
-        ("level 0", lambda good: {"levels": [6, 0, 8]}, ValueError, r"levels: .* got \[6, 0, 8\]"),
-        ("too large", lambda good: {"levels": [2**21] * 3}, ValueError, r"product .* 2\^63 - 1"),
-        ("mode", lambda good: {"mode": "mean"}, ValueError, "mode: .* 'sum', got 'mean'"),
-        ("hashing", lambda good: {"hashing": "xor"}, ValueError, "hashing: .*'modulo', got 'xor'"),
-        (
-            "pool",
-            lambda good: _pooled(good, 0, None) | {"pool": "max"},
-            ValueError,
-            "pool: .* 'max'",
-        ),
-        ("pool alone", lambda good: {"pool": "sum"}, ValueError, "pool: needs offsets"),
-        (
-            "offsets alone",
-            lambda good: _pooled(good, 0, None) | {"pool": None},
-            ValueError,
-            "no pool",
-        ),
-        (
-            "int32",
-            lambda good: _pooled(good, 0, None, dtype=torch.int32),
-            TypeError,
-            "offsets: .* int32",
-        ),
+        ("few scales", lambda g: _small(g, scales=[torch.ones(6)]), ValueError, "3, got 1"),
+        ("one scale", lambda g: _small(g, scales=torch.ones(6)), TypeError, "scales: .* Tensor"),
+        ("scale", lambda g: _scales(g, lambda s: s[1:]), ValueError, r"scales\[1\]: .*\[42\]"),
+        ("half scale", lambda g: _scales(g, torch.Tensor.half), TypeError, r"scales\[1\]: .*16"),
+        ("meta scale", lambda g: _scales(g, lambda s: s.to("meta")), ValueError, "device .* meta"),
+        ("pool", lambda g: _pooled(g, 0, None) | {"pool": "max"}, ValueError, "pool: .* 'max'"),
+        ("pool alone", lambda g: {"pool": "sum"}, ValueError, "pool: needs offsets"),
+        ("offsets", lambda g: _pooled(g, 0, None) | {"pool": None}, ValueError, "no pool"),
+        ("int32", lambda g: _pooled(g, 0, None, dtype=torch.int32), TypeError, "offsets: .* int32"),
         ("no offsets", _pooled, ValueError, "offsets: .* at least one element"),
+        ("first", lambda g: _pooled(g, 1, None), ValueError, "offsets: .* first must be 0, got 1"),
+        ("last", lambda g: _pooled(g, 0, 5), ValueError, "offsets: the last must be .*, got 5"),
+        ("falls", lambda g: _pooled(g, 0, 9, 4, None), ValueError, r"offsets\[1\] = 9 and .* 4"),
         (
-            "first",
-            lambda good: _pooled(good, 1, None),
-            ValueError,
-            "offsets: the first must be 0, got 1",
-        ),
-        (
-            "last",
-            lambda good: _pooled(good, 0, 5),
-            ValueError,
-            "offsets: the last must be .*, got 5",
-        ),
-        (
-            "falls",
-            lambda good: _pooled(good, 0, 9, 4, None),
-            ValueError,
-            r"offsets\[1\] = 9 and .* 4",
+            "bad with sparse", lambda g: {**_put(g, 6), "sparse": True,
+                "tables": [table.requires_grad_() for table in g["tables"]]},
+            IndexError, r"codes\[7, 0\] = 6",
         ),
     ]
-}
+}  # fmt: skip
 
 
 def _draw(levels, dims, rows, items=40, dtype=torch.float64, unknown=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_same, check_tensor, named_items
-from .._dispatch import Backend, Op, refuse_native
+from .._dispatch import Backend, Op, refuse_native, refuse_triton
 from ..reference import prefix_ngram as reference
 from ._prefix import check_arguments, check_contents, check_pooling
 from .prefix_ngram_gradient import gradient
@@ -49,7 +50,23 @@ def _refuse_native(codes: Tensor, tables: Sequence[Tensor], *rest: object) -> st
     return refuse_native(codes)
 
 
-def _native_backward(
+def _refuse_triton(
+    codes: Tensor, tables: Sequence[Tensor], levels: Sequence[int], *rest: object
+) -> str | None:
+    if tables[0].dtype == torch.float64:
+        return "computes in float32; tables are float64"
+    if len(levels) > 8:
+        return "takes each table as an argument: at most 8 levels"
+    return refuse_triton(codes)
+
+
+def _triton(codes: Tensor, *rest: Any) -> Tensor:
+    from ..kernels import prefix_ngram
+
+    return prefix_ngram.prefix_ngram_lookup(codes, *rest)
+
+
+def _backward(
     grads: Sequence[Tensor | None],
     codes: Tensor,
     tables: Sequence[Tensor],
@@ -64,15 +81,15 @@ def _native_backward(
     *,
     outputs: Sequence[Tensor],
     needs: Sequence[bool],
+    backend: str = "auto",
 ) -> list[Tensor]:
     """Return the dense gradients of the tables that want one."""
     wanted = needs[1 : 1 + len(tables)]
     if grads[0] is None:
         return [torch.zeros_like(t) for t, need in zip(tables, wanted, strict=True) if need]
     rows, dims = [len(table) for table in tables], [table.shape[1] for table in tables]
-    sums = gradient(
-        grads[0], codes, levels, rows, dims, mode, offsets, pool, hashing, groups, packed
-    )
+    rest = (mode, offsets, pool, hashing, groups, packed)
+    sums = gradient(grads[0], codes, levels, rows, dims, *rest, backend=backend)
     found = []
     for table, need, at, values in zip(tables, wanted, sums[::2], sums[1::2], strict=True):
         if need:
@@ -87,7 +104,10 @@ _op = Op(
     fake=_fake,
     reference=reference.prefix_ngram_lookup,
     check_values=_check_values,
-    backends=(Backend("native", _refuse_native, backward=_native_backward),),
+    backends=(
+        Backend("native", _refuse_native, backward=_backward),
+        Backend("triton", _refuse_triton, _triton, partial(_backward, backend="triton")),
+    ),
 )
 
 
@@ -198,7 +218,7 @@ def prefix_ngram_lookup(
             result is float32, and has no gradient.
         sparse: gradients of the tables are coalesced sparse COO tensors of the rows looked up, not
             dense ones. In eager mode only.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         [M, d_1 + ... + d_L] or [M, d] of the tables' dtype; pooled, B rows instead of M. An empty
@@ -208,7 +228,10 @@ def prefix_ngram_lookup(
     and bfloat16, gradients included, are taken in float32 and rounded once. Autocast leaves the
     tables as they are. Deterministic for any thread count. Workspace on a CPU: 600 L bytes and a
     row of the result per thread; of the gradient, 60 bytes per item and twice the sums of the rows
-    looked up, and nothing of a table's size but the dense gradients themselves. Of the reference:
+    looked up, and nothing of a table's size but the dense gradients themselves. On a GPU: none, and
+    a code out of range counts as unknown; of the gradient, that of `prefix_ngram_gradient`, for
+    which the host waits as it says. Triton compiles for the levels and the shapes of the tables, of
+    at most 8 levels. Of the reference:
     float32 copies of the rows that are looked up, O(M sum d_l), and O(M L) integers.
 
     Raises:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_same, check_tensor
-from .._dispatch import Backend, Op, refuse_native
+from .._dispatch import Backend, Op, refuse_native, refuse_triton
 from ..reference import prefix_ngram_gradient as reference
 from ._prefix import check_arguments, check_contents, check_pooling
 
@@ -19,6 +20,20 @@ def _refuse_native(grad: Tensor, codes: Tensor, levels: Sequence[int], *rest: ob
     if sum((size - 1).bit_length() for size in levels) > 63 or len(levels) > 63:  # of all groups
         return "sorts codes side by side: at most 63 bits of them"
     return refuse_native(codes)
+
+
+def _refuse_triton(grad: Tensor, codes: Tensor, levels: Sequence[int], *rest: object) -> str | None:
+    if grad.dtype == torch.float64:
+        return "computes in float32; grad is float64"
+    if len(levels) > 63:
+        return "is compiled level by level: at most 63 of them"
+    return refuse_triton(codes)
+
+
+def _triton(grad: Tensor, *rest: Any) -> list[Tensor]:
+    from ..kernels import prefix_ngram_gradient
+
+    return prefix_ngram_gradient.prefix_ngram_gradient(grad, *rest)
 
 
 def _fake(
@@ -49,7 +64,7 @@ gradient = Op(
     fake=_fake,
     reference=reference.prefix_ngram_gradient,
     check_values=_check_values,
-    backends=(Backend("native", _refuse_native),),
+    backends=(Backend("native", _refuse_native), Backend("triton", _refuse_triton, _triton)),
     differentiable=False,
 )
 
@@ -91,14 +106,17 @@ def prefix_ngram_gradient(
         hashing: as for the lookup.
         groups: as for the lookup.
         packed: as for the lookup.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         [rows_1, sums_1, rows_2, sums_2, ...]: rows int64 [n_l], ascending and distinct; sums
         float32 [n_l, d_l] (float64 for float64). What an optimiser needs of a sparse gradient.
 
     Each item's gradient is read once. Deterministic for any thread count. Autocast leaves grad as
-    it is. Not differentiable. Workspace: as the lookup's gradient; nothing of a table's size.
+    it is. Not differentiable. Workspace on a CPU: as the lookup's gradient; nothing of a table's
+    size. On a GPU: about 60 bytes per item for the sort, and per level twice the sums of its
+    prefixes. The numbers of rows depend on the codes, and a GPU's host must know them to return
+    them: as with `torch.unique`, it waits, a few times per level.
 
     Raises: as the lookup.
 
