@@ -1,8 +1,6 @@
 // Codebooks and rows as the torch operators of k-means get them.
 #pragma once
 
-#include <atomic>
-
 #include "codebook.h"
 #include "torch_glue.h"
 
@@ -52,23 +50,9 @@ struct PackedCodebook {
   }
 };
 
-// The least row that any thread found bad.
-class FirstBad {
- public:
-  explicit FirstBad(int64_t rows) : rows_(rows), first_(rows) {}
-  void note(int64_t row) {
-    int64_t known = first_.load();
-    while (row >= 0 && row < known && !first_.compare_exchange_weak(known, row)) {
-    }
-  }
-  void check() const {
-    STD_TORCH_CHECK(first_.load() == rows_, "x: row ", first_.load(),
-                    " has no nearest codeword: it is not finite, or too large for float32");
-  }
-
- private:
-  int64_t rows_;
-  std::atomic<int64_t> first_;
-};
+inline void check_rows(const FirstBad& bad) {
+  STD_TORCH_CHECK(!bad.any(), "x: row ", bad.first(),
+                  " has no nearest codeword: it is not finite, or too large for float32");
+}
 
 }  // namespace livrec

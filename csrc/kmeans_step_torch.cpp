@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_step(
   double* masses = mass.mutable_data_ptr<double>();
   const bool cached = size * dim * 8 <= kCachedSums;
   std::mutex mutex;
-  FirstBad first_bad(rows);
+  FirstBad first_bad;
   torch::stable::parallel_for(0, rows, 1024, [&](int64_t begin, int64_t end) {
     const Scratch scratch(LIVREC_CALL(kmeans_step_scratch, dim));
     std::vector<double> own(static_cast<size_t>(size * ((cached ? dim : 0) + 1)), 0.0);
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_step(
     STD_TORCH_CHECK(job.weights[i] >= 0 && job.weights[i] < 3.5e38, "weights: must be finite");
   for (int64_t j = 0; penalty && j < size; ++j)
     STD_TORCH_CHECK(packed.codebook.penalty[j] > -3.5e38, "penalty: must be finite or +inf");
-  first_bad.check();
+  check_rows(first_bad);
   if (!cached) gather_sums(job, rows, total);
   return {codes, error, sums, mass, inertia};
 }

@@ -105,7 +105,7 @@ std::vector<LevelSums> sums_of(PrefixGradient job) {
     first_bad.note(LIVREC_CALL(prefix_gradient_words, job.codes, shifts.data(), begin, end,
                                words.data(), depths.data()));
   });
-  first_bad.check();
+  check_codes(first_bad);
   std::vector<uint32_t> order(static_cast<size_t>(items));
   std::iota(order.begin(), order.end(), 0u);
   const bool unknown =

@@ -47,7 +47,7 @@ Tensor prefix_ngram_lookup(const Tensor& codes_given, const std::vector<Tensor>&
         const Scratch scratch(LIVREC_CALL(prefix_ngram_scratch, job));
         first_bad.note(LIVREC_CALL(prefix_ngram_lookup, job, begin, end, scratch.data()));
       });
-  first_bad.check();
+  check_codes(first_bad);
   return out;
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -99,21 +98,9 @@ struct Levels {
   }
 };
 
-class FirstBad {
- public:
-  void note(int64_t item) {
-    int64_t known = first_.load();
-    while (item >= 0 && item < known && !first_.compare_exchange_weak(known, item)) {
-    }
-  }
-  void check() const {
-    STD_TORCH_CHECK(first_.load() == INT64_MAX, "codes: item ", first_.load(),
-                    " has a code out of range");
-  }
-
- private:
-  std::atomic<int64_t> first_{INT64_MAX};
-};
+inline void check_codes(const FirstBad& bad) {
+  STD_TORCH_CHECK(!bad.any(), "codes: item ", bad.first(), " has a code out of range");
+}
 
 // Offsets that are safe to follow; null where there are none.
 struct Offsets {

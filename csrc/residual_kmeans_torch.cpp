@@ -54,12 +54,12 @@ Outputs encode(const Tensor& x_given, const std::vector<Tensor>& codebooks, bool
   if (reconstruction) job.reconstruction = out.reconstruction.mutable_data_ptr<float>();
   if (second) job.second = out.second.mutable_data_ptr();
   if (second) job.gap = out.gap.mutable_data_ptr<float>();
-  FirstBad first_bad(rows);
+  FirstBad first_bad;
   torch::stable::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     const Scratch scratch(LIVREC_CALL(residual_kmeans_scratch, dim));
     first_bad.note(LIVREC_CALL(residual_kmeans_encode, job, begin, end, scratch.data()));
   });
-  first_bad.check();
+  check_rows(first_bad);
   return out;
 }
 

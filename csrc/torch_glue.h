@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -39,6 +40,21 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
   ask_for_huge_pages(made);
   return made;
 }
+
+// The least row that any thread found bad; kernels tell of one by its number, of none by -1.
+class FirstBad {
+ public:
+  void note(int64_t row) {
+    int64_t known = first_.load();
+    while (row >= 0 && row < known && !first_.compare_exchange_weak(known, row)) {
+    }
+  }
+  bool any() const { return first_.load() != INT64_MAX; }
+  int64_t first() const { return first_.load(); }
+
+ private:
+  std::atomic<int64_t> first_{INT64_MAX};
+};
 
 // Scratch memory on a 64-byte boundary, from torch's allocator, so that torch's memory statistics
 // see it.
