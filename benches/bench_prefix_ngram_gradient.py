@@ -93,12 +93,6 @@ def unique_sums(grad: Tensor, codes: Tensor, heights: list[int]) -> list[Tensor]
 def step(kind: str, items: int, options: Options) -> Case:
     """Make the case of forward, backward and row-wise Adagrad; each has tables of its own."""
 
-    def native(grad: Tensor, codes: Tensor, tables: list[Tensor]) -> list[Tensor]:
-        livrec_fast.prefix_ngram_lookup(codes, tables, LEVELS, backend="native")
-        return livrec_fast.prefix_ngram_gradient(
-            grad, codes, LEVELS, [len(t) for t in tables], [DIM] * len(LEVELS), backend="native"
-        )
-
     def bags(grad: Tensor, codes: Tensor, tables: list[Tensor]) -> list[Tensor]:
         leaves = [table.detach().requires_grad_() for table in tables]
         out = peers_embedding.bags(codes, leaves, LEVELS, sparse=True)
@@ -110,7 +104,7 @@ def step(kind: str, items: int, options: Options) -> Case:
         return unique_sums(grad, codes, [len(table) for table in tables])
 
     found: list[Contestant | Absent] = [
-        stepping("native", native, "ours"),
+        Contestant("native", fused, "ours"),
         stepping("nn.EmbeddingBag, sparse", bags),
         stepping("torch indexing, unique", indexed),
         peers_embedding.tbe_step(options, RATE),
@@ -129,7 +123,25 @@ def step(kind: str, items: int, options: Options) -> Case:
     )
 
 
-def stepping(name: str, gradient: Callable[..., list[Tensor]], kind: Any = "peer") -> Contestant:
+def fused(inputs: Inputs) -> Callable[[], Any]:
+    """Train our own module, whose backward pass takes the step."""
+    optimizer = livrec_fast.RowwiseAdagrad(RATE, eps=1e-8)
+    most = max(len(table) for table in inputs["tables"])
+    module = livrec_fast.PrefixNgramEmbedding(
+        LEVELS, DIM, max_rows=most, optimizer=optimizer, backend="native"
+    )
+    tables = [table.detach() for table in module.tables]
+    for mine, table in zip(tables, inputs["tables"], strict=True):
+        mine.copy_(table)
+
+    def run() -> Any:
+        module(inputs["codes"]).backward(inputs["grad"])
+        return tables, [getattr(module, f"state_{level}") for level in range(len(LEVELS))]
+
+    return run
+
+
+def stepping(name: str, gradient: Callable[..., list[Tensor]]) -> Contestant:
     """Return a contestant of rows and sums, whose step is `row_adagrad`."""
 
     def prepare(inputs: Inputs) -> Callable[[], Any]:
@@ -146,7 +158,7 @@ def stepping(name: str, gradient: Callable[..., list[Tensor]], kind: Any = "peer
 
         return run
 
-    return Contestant(name, prepare, kind)
+    return Contestant(name, prepare)
 
 
 def agree_step(output: tuple[list[Tensor], list[Tensor]], inputs: Inputs) -> None:

@@ -55,15 +55,6 @@ void finish(const float* sums, float count, TableType type, int64_t width, void*
     for (int64_t d = 0; d < width; ++d) floats[d] = sums[d] / count;
 }
 
-void fetch_rows(const PrefixLookup& job, const int64_t* rows, int64_t count) {
-  for (int64_t l = 0; l < job.codes.level_count; ++l) {
-    const PrefixLevel& level = job.codes.levels[l];
-    for (int64_t i = 0; i < count; ++i)
-      if (rows[l * kPrefixBlock + i] >= 0)
-        fetch(row_of(level, job.type, rows[l * kPrefixBlock + i]), level.dim * bytes_of(job.type));
-  }
-}
-
 // Side by side, nothing to add: rows are copied as they are.
 void copy_item(const PrefixLookup& job, const int64_t* rows, int64_t item) {
   const int64_t size = bytes_of(job.type);
@@ -88,56 +79,81 @@ void add_item(const PrefixLookup& job, const int64_t* rows, float* sums) {
   }
 }
 
-// Finds the rows of the next block before it reads those of this one: memory answers meanwhile.
-int64_t look_up_items(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* rows,
+// The table rows of items [begin, end), in order. Tables are asked for kAhead items before they are
+// read: memory answers meanwhile. Asked for a whole block at once, most would wait in line.
+class Rows {
+ public:
+  Rows(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* space)
+      : job_(job), space_(space), begin_(begin), end_(end), found_(begin), asked_(begin) {
+    for (int i = 0; i < kAhead; ++i) ask();
+  }
+
+  // Those of the next item: rows[l * kPrefixBlock] of level l.
+  const int64_t* of(int64_t item) {
+    ask();
+    return at(item);
+  }
+
+  int64_t first_bad() const { return first_bad_; }
+
+ private:
+  static constexpr int kAhead = 16;
+
+  int64_t* at(int64_t item) const {  // two blocks take turns
+    const int64_t i = item - begin_, turn = i / kPrefixBlock % 2;
+    return space_ + turn * job_.codes.level_count * kPrefixBlock + i % kPrefixBlock;
+  }
+
+  void find() {
+    const int64_t end = found_ + kPrefixBlock < end_ ? found_ + kPrefixBlock : end_;
+    const int64_t bad = prefix_ngram_rows(job_.codes, found_, end, at(found_));
+    if (bad >= 0 && first_bad_ < 0) first_bad_ = bad;
+    found_ = end;
+  }
+
+  void ask() {
+    if (asked_ == end_) return;
+    if (asked_ == found_) find();
+    const int64_t* rows = at(asked_++);
+    for (int64_t l = 0; l < job_.codes.level_count; ++l) {
+      const PrefixLevel& level = job_.codes.levels[l];
+      const int64_t row = rows[l * kPrefixBlock];
+      if (row >= 0) fetch(row_of(level, job_.type, row), level.dim * bytes_of(job_.type));
+    }
+  }
+
+  const PrefixLookup& job_;
+  int64_t* space_;
+  int64_t begin_, end_, found_, asked_, first_bad_ = -1;
+};
+
+int64_t look_up_items(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* space,
                       float* sums) {
   const bool plain = !job.sum && job.type != TableType::i8;
-  int64_t first_bad = -1;
-  int64_t* next = rows + job.codes.level_count * kPrefixBlock;
-  const auto find = [&](int64_t item, int64_t* to) {
-    const int64_t last = item + kPrefixBlock < end ? item + kPrefixBlock : end;
-    if (item >= last) return;
-    const int64_t bad = prefix_ngram_rows(job.codes, item, last, to);
-    if (bad >= 0 && first_bad < 0) first_bad = bad;
-    fetch_rows(job, to, last - item);
-  };
-  find(begin, rows);
-  for (int64_t item = begin; item < end; item += kPrefixBlock) {
-    const int64_t last = item + kPrefixBlock < end ? item + kPrefixBlock : end;
-    find(item + kPrefixBlock, next);
-    for (int64_t i = item; i < last; ++i) {
-      if (plain) {
-        copy_item(job, rows + i - item, i);
-        continue;
-      }
-      for (int64_t d = 0; d < job.width; ++d) sums[d] = 0.0f;
-      add_item(job, rows + i - item, sums);
-      finish(sums, 1.0f, job.type, job.width, job.out, i);
+  Rows rows(job, begin, end, space);
+  for (int64_t item = begin; item < end; ++item) {
+    if (plain) {
+      copy_item(job, rows.of(item), item);
+      continue;
     }
-    int64_t* const done = rows;
-    rows = next;
-    next = done;
+    for (int64_t d = 0; d < job.width; ++d) sums[d] = 0.0f;
+    add_item(job, rows.of(item), sums);
+    finish(sums, 1.0f, job.type, job.width, job.out, item);
   }
-  return first_bad;
+  return rows.first_bad();
 }
 
-int64_t look_up_histories(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* rows,
+int64_t look_up_histories(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* space,
                           float* sums) {
-  int64_t first_bad = -1;
+  Rows rows(job, job.offsets[begin], job.offsets[end], space);
   for (int64_t history = begin; history < end; ++history) {
     const int64_t from = job.offsets[history], to = job.offsets[history + 1];
     for (int64_t d = 0; d < job.width; ++d) sums[d] = 0.0f;
-    for (int64_t item = from; item < to; item += kPrefixBlock) {
-      const int64_t last = item + kPrefixBlock < to ? item + kPrefixBlock : to;
-      const int64_t bad = prefix_ngram_rows(job.codes, item, last, rows);
-      if (bad >= 0 && first_bad < 0) first_bad = bad;
-      fetch_rows(job, rows, last - item);
-      for (int64_t i = item; i < last; ++i) add_item(job, rows + i - item, sums);
-    }
+    for (int64_t item = from; item < to; ++item) add_item(job, rows.of(item), sums);
     const float count = job.mean && to > from ? static_cast<float>(to - from) : 1.0f;
     finish(sums, count, job.type, job.width, job.out, history);
   }
-  return first_bad;
+  return rows.first_bad();
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._dispatch import BackendError, explain
 from .ops.code_attention import code_attention
+from .ops.code_attention_gradient import code_attention_gradient
 from .ops.contrastive import in_batch_contrastive
 from .ops.history_search import history_search, history_search_codes
 from .ops.kmeans_step import KMeansStep, kmeans_quanta, kmeans_step
@@ -19,6 +20,8 @@ from .ops.residual_kmeans import (
     residual_kmeans_details,
     residual_kmeans_encode,
 )
+from .ops.row_update import row_update
+from .ops.search_rows import search_rows
 from .ops.target_attention import target_attention
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ __all__ = [
     "RowSGD",
     "RowwiseAdagrad",
     "code_attention",
+    "code_attention_gradient",
     "explain",
     "history_search",
     "history_search_codes",
@@ -60,6 +64,8 @@ __all__ = [
     "residual_kmeans_decode",
     "residual_kmeans_details",
     "residual_kmeans_encode",
+    "row_update",
+    "search_rows",
     "shard_rows",
     "target_attention",
     "unpack_codes",

@@ -79,6 +79,7 @@ class Op:
         """
         self.name, self.check_values, self.differentiable = name, check_values, differentiable
         self.schema = torch._C.parse_schema(f"{name}{schema}")
+        self.mutates = [a.name for a in self.schema.arguments if a.is_write]
         self.lower = [argument.name in autocast for argument in self.schema.arguments]
 
         def run_reference(*args: Any) -> Any:

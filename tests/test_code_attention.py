@@ -20,51 +20,81 @@ def _tables(good, change, name="key_tables", at=1):
     return {name: tables}
 
 
+def _packed(good, levels=(31, 28, 25), width=2):
+    codes = torch.full((len(good["codes"]), width), 255, dtype=torch.uint8)  # 31, 31, 31
+    return {"codes": codes, "packed": True, "levels": levels}
+
+
+FIELDS = [
+    ("codes list", lambda g: {"codes": [[0]]}, TypeError, "codes: must be a tensor, got list"),
+    ("codes float", lambda g: {"codes": g["codes"].float()}, TypeError, "codes: .* float32"),
+    ("codes narrow", lambda g: {"codes": g["codes"][:, 1:]}, ValueError, r"codes: .*\[T, 3\]"),
+    ("codes meta", lambda g: {"codes": g["codes"].to("meta")}, ValueError, "codes: .* meta"),
+    ("id = size", lambda g: _put(g, 31), IndexError, r"codes\[5, 0\] = 31 .* \[-1, 31\)"),
+    ("id -2", lambda g: _put(g, -2), IndexError, r"codes\[5, 0\] = -2 .* \[-1, 31\)"),
+    ("huge id", lambda g: _put(g, 2**40, torch.int64), IndexError, str(2**40)),
+    ("a tensor", lambda g: {"key_tables": g["key_tables"][0]}, TypeError, "key_tables: .* list"),
+    ("none", lambda g: {"value_tables": []}, ValueError, "value_tables: at least one"),
+    ("fewer", lambda g: {"value_tables": g["value_tables"][1:]}, ValueError, "3, got 2"),
+    ("item", lambda g: _tables(g, lambda t: None), TypeError, r"key_tables\[1\]: .* NoneType"),
+    ("half", lambda g: _tables(g, torch.Tensor.half), TypeError, r"key_tables\[1\]: dtype"),
+    ("no rows", lambda g: _tables(g, lambda t: t[:0]), ValueError, r"\[1\]: .* one row"),
+    ("wide", lambda g: _tables(g, lambda t: t.repeat(1, 1, 2)), ValueError, "N, 2, 16"),
+    ("meta", lambda g: _tables(g, lambda t: t.to("meta")), ValueError, r"\[1\]: device .* meta"),
+    (
+        "rows differ", lambda g: _tables(g, lambda t: t[1:], "value_tables", 2), ValueError,
+        r"value_tables\[2\]: shape must be \[25, 2, 24\], got \[24, 2, 24\]",
+    ),
+    (
+        "dv differs", lambda g: _tables(g, lambda t: t[..., 1:], "value_tables", 2), ValueError,
+        r"value_tables\[2\]: shape must be \[25, 2, 24\], got \[25, 2, 23\]",
+    ),
+    (
+        "no dv", lambda g: {"value_tables": [t[..., :0] for t in g["value_tables"]]}, ValueError,
+        r"value_tables\[0\]: dv must be at least 1",
+    ),
+    ("levels text", lambda g: {"levels": "abc"}, TypeError, "levels: .* ints, got 'abc'"),
+    ("levels few", lambda g: {"levels": (31, 28)}, ValueError, "levels: .* table, 3, got 2"),
+    ("level 0", lambda g: {"levels": (31, 0, 25)}, ValueError, r"levels: .* \(31, 0, 25\)"),
+    ("id = level", lambda g: {"levels": (31, 9, 25)}, IndexError, r", 1\] = \d+ .* \[-1, 9\)"),
+    (
+        "keys too large", lambda g: {"levels": [2**21] * 3, "prefix": True}, ValueError,
+        r"levels: .* 2\^63 - 1",
+    ),
+    ("packed alone", lambda g: {"packed": True}, ValueError, "levels: .* packed=True, got None"),
+    ("prefix alone", lambda g: {"prefix": True}, ValueError, "levels: .* prefix=True, got None"),
+    ("groups alone", lambda g: {"groups": (1, 2)}, ValueError, r"levels: .* groups=\(1, 2\), got"),
+    (
+        "prefix and groups", lambda g: {"levels": [31] * 3, "prefix": True, "groups": (3,)},
+        ValueError, r"groups: prefix=True .* groups=\(3,\)",
+    ),
+    (
+        "groups few", lambda g: {"levels": [31] * 3, "groups": (1, 1)}, ValueError,
+        r"groups: .* 3 levels, got \(1, 1\)",
+    ),
+    ("prefix int", lambda g: {"prefix": 1}, TypeError, "prefix: must be True or False, got 1"),
+    ("packed int", lambda g: {"packed": 1}, TypeError, "packed: must be True or False, got 1"),
+    ("hashing", lambda g: {"hashing": "xor"}, ValueError, "hashing: .* got 'xor'"),
+    (
+        "packed int16", lambda g: {"levels": [31] * 3, "packed": True}, TypeError,
+        "codes: .* uint8, got int16",
+    ),
+    ("packed wide", lambda g: _packed(g, width=3), ValueError, r"codes: .*\[T, 2\], got .*3\]"),
+    ("packed id", _packed, IndexError, r"codes\[0, 0\] = 31 is outside \[-1, 31\)"),
+]  # fmt: skip
 BAD_INPUTS = {
     "code_attention": [
         *COMMON,
-        ("codes list", lambda g: {"codes": [[0]]}, TypeError, "codes: must be a tensor, got list"),
-        ("codes float", lambda g: {"codes": g["codes"].float()}, TypeError, "codes: .* float32"),
-        ("codes narrow", lambda g: {"codes": g["codes"][:, 1:]}, ValueError, r"codes: .*\[T, 3\]"),
-        ("codes meta", lambda g: {"codes": g["codes"].to("meta")}, ValueError, "codes: .* meta"),
-        ("id = size", lambda g: _put(g, 31), IndexError, r"codes\[5, 0\] = 31 .* \[-1, 31\)"),
-        ("id -2", lambda g: _put(g, -2), IndexError, r"codes\[5, 0\] = -2 .* \[-1, 31\)"),
-        ("huge id", lambda g: _put(g, 2**40, torch.int64), IndexError, str(2**40)),
+        *FIELDS,
         (
-            "a tensor",
-            lambda g: {"key_tables": g["key_tables"][0]},
-            TypeError,
-            "key_tables: .* list",
-        ),
-        ("none", lambda g: {"value_tables": []}, ValueError, "value_tables: at least one"),
-        ("fewer", lambda g: {"value_tables": g["value_tables"][1:]}, ValueError, "3, got 2"),
-        ("item", lambda g: _tables(g, lambda t: None), TypeError, r"key_tables\[1\]: .* NoneType"),
-        ("half", lambda g: _tables(g, torch.Tensor.half), TypeError, r"key_tables\[1\]: dtype"),
-        ("no rows", lambda g: _tables(g, lambda t: t[:0]), ValueError, r"\[1\]: .* one row"),
-        ("wide", lambda g: _tables(g, lambda t: t.repeat(1, 1, 2)), ValueError, "N, 2, 16"),
-        (
-            "meta",
-            lambda g: _tables(g, lambda t: t.to("meta")),
-            ValueError,
-            r"\[1\]: device .* meta",
-        ),
-        (
-            "rows differ",
-            lambda g: _tables(g, lambda t: t[1:], "value_tables", 2),
-            ValueError,
-            r"value_tables\[2\]: shape must be \[25, 2, 24\], got \[24, 2, 24\]",
-        ),
-        (
-            "dv differs",
-            lambda g: _tables(g, lambda t: t[..., 1:], "value_tables", 2),
-            ValueError,
-            r"value_tables\[2\]: shape must be \[25, 2, 24\], got \[25, 2, 23\]",
-        ),
-        (
-            "no dv",
-            lambda g: {"value_tables": [t[..., :0] for t in g["value_tables"]]},
-            ValueError,
-            r"value_tables\[0\]: dv must be at least 1",
+            "bad with sparse",
+            lambda g: {
+                **_put(g, 31),
+                "sparse": True,
+                "key_tables": [t.requires_grad_() for t in g["key_tables"]],
+            },
+            IndexError,
+            r"codes\[5, 0\] = 31",
         ),
     ]
 }

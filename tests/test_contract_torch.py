@@ -89,7 +89,7 @@ def check_compiled(subject, backend, compiler):
     options = {n: v for n, v in typical.items() if not pytree.tree_any(torch.is_tensor, v)}
 
     def function(tensors):
-        return subject.function(**tensors, **options, backend=backend)
+        return subject.run({**tensors, **options}, backend)
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
     for sizes in ("typical", other_sizes(subject)):
@@ -131,9 +131,9 @@ def test_autocast_casts_what_the_op_says(subject):
         return op.operator("reference")(*held.values())
 
     with intercepted(cast_by_hand):
-        wanted = listed(subject.function(**inputs))
+        wanted = listed(subject.run(inputs))
     with torch.autocast("cpu", torch.bfloat16):
-        got = listed(subject.function(**inputs, backend="reference"))
+        got = listed(subject.run(inputs, "reference"))
     assert [t.dtype for t in got] == [t.dtype for t in wanted]
     for mine, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, want, rtol=0, atol=0, equal_nan=True)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from search_by_hand import by_sorting, keys_of
+from test_history_search_masks import BAD_MASKS
 
-from livrec_fast import history_search, history_search_codes
+from livrec_fast import history_search, history_search_codes, prefix_ngram_lookup
 from livrec_fast.reference import history_search as reference
 
 
@@ -45,6 +47,7 @@ _COMMON = [
 BAD_INPUTS = {
     "history_search": [
         *_COMMON,
+        *BAD_MASKS,
         ("keys list", lambda g: {"keys": [[1.0]]}, TypeError, "keys: must be a tensor, got list"),
         ("keys half", lambda g: {"keys": g["keys"].half()}, TypeError, "keys: dtype .*float16"),
         ("keys wide", lambda g: {"keys": g["keys"].repeat(1, 2)}, ValueError, r"keys: .*\[T, 32\]"),
@@ -59,6 +62,7 @@ BAD_INPUTS = {
     ],
     "history_search_codes": [
         *_COMMON,
+        *BAD_MASKS,
         ("codes float", lambda g: {"codes": g["codes"].float()}, TypeError, "codes: .* float32"),
         ("narrow", lambda g: {"codes": g["codes"][:, 1:]}, ValueError, r"codes: .*\[T, 3\]"),
         ("codes meta", lambda g: {"codes": g["codes"].to("meta")}, ValueError, "codes: .* meta"),
@@ -66,7 +70,7 @@ BAD_INPUTS = {
             "id = size",
             lambda g: _changed(g, "codes", (5, 2), 12),
             IndexError,
-            r"2\] = 12 .*\[-1, 12",
+            r"2\] = 12 .*\[-1, 6\)",
         ),
         ("id -2", lambda g: _changed(g, "codes", (5, 2), -2), IndexError, r"codes\[5, 2\] = -2 "),
         ("tensor", lambda g: {"tables": g["tables"][0]}, TypeError, "tables: must be a list"),
@@ -76,43 +80,33 @@ BAD_INPUTS = {
         ("wide", lambda g: _table(g, lambda t: t.repeat(1, 2)), ValueError, r"tables\[1\]: shape"),
         ("table meta", lambda g: _table(g, lambda t: t.to("meta")), ValueError, r"\[1\]: .* meta"),
         ("NaN", _nan_table, ValueError, r"tables\[1\]: row 3 is not finite"),
+        ("levels", lambda g: {"levels": (12, 9)}, ValueError, "levels: .* one per table, 3, got 2"),
+        ("no levels", lambda g: {"packed": True}, ValueError, "levels: needed with packed=True"),
+        ("prefix 1", lambda g: {"prefix": 1}, TypeError, "prefix: must be True or False, got 1"),
+        ("groups", lambda g: {"levels": (12,) * 3, "groups": (1, 1)}, ValueError, "groups: .* 3 l"),
+        ("hashing", lambda g: {"hashing": "xx"}, ValueError, "hashing: must be one of .* got 'xx'"),
+        (
+            "both",
+            lambda g: {"levels": (12,) * 3, "prefix": True, "groups": (3,)},
+            ValueError,
+            "groups: prefix=True means one group",
+        ),
     ],
 }
 
 
+_FREE = {"ids": 0, "bits": 0, "times": 0}
+_ALL = {"ids": 1, "bits": 1, "times": 1}
+
+
 def _inputs(dtype=torch.float32, seed=0, **sizes):
-    sizes = {"B": 6, "C": 3, "L": 25, "D": 7, "K": 9, "distinct": 0} | sizes
+    sizes = {"B": 6, "C": 3, "L": 25, "D": 7, "K": 9, "distinct": 0, **_FREE} | sizes
     return reference.make_inputs(torch.Generator().manual_seed(seed), dtype, **sizes)
 
 
 def _codes_inputs(dtype=torch.float32, seed=0, **sizes):
-    sizes = {"B": 6, "C": 3, "L": 25, "D": 7, "F": 3, "N": 4, "K": 9} | sizes
+    sizes = {"B": 6, "C": 3, "L": 25, "D": 7, "F": 3, "N": 4, "K": 9, **_FREE} | sizes
     return reference.make_codes_inputs(torch.Generator().manual_seed(seed), dtype, **sizes)
-
-
-def _keys(inputs):
-    """Add up the rows that codes name, one at a time."""
-    keys = torch.zeros(len(inputs["codes"]), inputs["query"].shape[2], dtype=torch.float64)
-    for row, codes in enumerate(inputs["codes"].tolist()):
-        for table, code in zip(inputs["tables"], codes, strict=True):
-            if code >= 0:
-                keys[row] += table[code].double()
-    return keys
-
-
-def _by_sorting(query, keys, offsets, k):
-    """Sort (score, position) pairs with Python, user by user, and fill."""
-    scores, positions = [], []
-    bounds = offsets.tolist()
-    for user, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        for q in query[user].double():
-            row = (keys[first:last].double() @ q).tolist()
-            pairs = sorted(((s, at) for at, s in enumerate(row)), reverse=True)[:k]
-            pairs += [(float("-inf"), -1)] * (k - len(pairs))
-            scores.append([s for s, _ in pairs])
-            positions.append([at for _, at in pairs])
-    shape = (*query.shape[:2], k)
-    return torch.tensor(scores).reshape(shape), torch.tensor(positions).reshape(shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -120,10 +114,10 @@ def _by_sorting(query, keys, offsets, k):
 def test_agrees_with_sorting_by_hand(dtype, K):
     """The drawn inputs have exact scores, so that ties are the same for both."""
     for name, inputs in (("dense", _inputs(dtype, K=K)), ("codes", _codes_inputs(dtype, K=K))):
-        keys = inputs["keys"] if name == "dense" else _keys(inputs)
+        keys = inputs["keys"] if name == "dense" else keys_of(inputs)
         op = history_search if name == "dense" else history_search_codes
         scores, positions = op(**inputs)
-        want, wanted = _by_sorting(inputs["query"], keys, inputs["offsets"], K)
+        want, wanted = by_sorting(inputs, keys)
         assert torch.equal(positions, wanted), name
         assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(scores.double(), want.double(), rtol=1e-6, atol=1e-6)
@@ -227,10 +221,26 @@ def test_gradients_are_exact_in_float64():
 
 def test_codes_search_is_search_on_decoded_keys():
     inputs = _codes_inputs(torch.float64)
-    keys = _keys(inputs)
+    keys = keys_of(inputs)
     got = history_search_codes(**inputs)
     want = history_search(inputs["query"], keys, inputs["offsets"], inputs["k"])
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("hash", range(3))
+@pytest.mark.parametrize("kind, pack", [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)])
+def test_prefixes_hashed_and_packed_codes_are_search_on_what_lookup_sums(kind, pack, hash):
+    """The drawn rows are multiples of 2^-10, so that their sums are exact, and ties are ties."""
+    given = _codes_inputs(kind=kind, pack=pack, hash=hash, rows=7, N=9, L=60, **_ALL)
+    named = {name: given.pop(name) for name in ("levels", "prefix", "groups", "hashing", "packed")}
+    assert named["prefix"] == (kind == 2) and named["packed"] == bool(pack)
+    scores, positions = history_search_codes(**given, **named)
+    groups = [3] if named.pop("prefix") else named["groups"] or [1] * 3
+    named["groups"] = groups
+    keys = prefix_ngram_lookup(given.pop("codes"), given.pop("tables"), mode="sum", **named)
+    want, wanted = history_search(keys=keys, **given)
+    assert torch.equal(positions, wanted) and (positions >= 0).any()
+    torch.testing.assert_close(scores, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])

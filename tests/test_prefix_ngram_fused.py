@@ -15,7 +15,6 @@ from livrec_fast import (
     RowSGD,
     RowwiseAdagrad,
 )
-from livrec_fast.modules._row_optimizers import round_at_random
 
 LEVELS = (6, 4, 5)
 OPTIMIZERS = [RowSGD(0.5), RowAdagrad(0.1), RowwiseAdagrad(0.1)]
@@ -117,22 +116,6 @@ def test_makes_nothing_of_a_tables_size(optimizer):
 
     assert most() >= 200 * 200 * 8  # the dense gradient is seen
     assert most(optimizer=optimizer) <= 30 * 16
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_roundings_are_to_neighbours_and_unbiased(dtype):
-    exact = torch.tensor([1.0 + 1e-3, -1.0 - 3e-4, 3.14159, -(2.0**-15) * 1.0007, 1e-7, 0.0, 2.0])
-    many = exact.repeat(20_000, 1)
-    found = round_at_random(many, dtype, torch.Generator().manual_seed(0)).float()
-    gap = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
-    assert ((found - many).abs() <= gap).all()
-    spread = gap / 2 / len(many) ** 0.5
-    assert ((found.mean(0) - exact).abs() <= 4 * spread + 1e-6 * exact.abs()).all()
-    assert (found[:, :3].std(0) > 0).all() and (found[:, 5:] == exact[5:]).all()
-    odd = torch.tensor([float("inf"), -float("inf"), float("nan")])
-    torch.testing.assert_close(
-        round_at_random(odd, dtype, torch.Generator()), odd.to(dtype), equal_nan=True
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..ops.row_update import row_update
+
 
 @dataclass(frozen=True)
 class RowOptimizer:
-    """What a row optimiser must say: the state that a table needs, and the step of some rows."""
+    """What a row optimiser must say: its rule of `row_update`, and the state that a table needs."""
 
+    rule: ClassVar[str]
     lr: float
     seed: int = field(default=0, kw_only=True)
 
@@ -22,25 +26,24 @@ class RowOptimizer:
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}: must be positive and finite, got {value}")
 
-    def new_state(self, table: Tensor) -> Tensor | None:
-        """Return the state of a table that has not been updated yet, or None."""
+    def state_shape(self, table: Tensor) -> tuple[int, ...] | None:
+        """Return the shape of the state that a table needs, or None."""
         return None
 
-    def steps(self, sums: Tensor, rows: Tensor, state: Tensor | None) -> Tensor:
-        """Return what rows move by, [n, d], against the sums of their gradients."""
-        raise NotImplementedError
+    def new_state(self, table: Tensor) -> Tensor | None:
+        """Return the state of a table that has not been updated yet, zeros, or None."""
+        shape = self.state_shape(table)
+        wide = torch.float64 if table.dtype == torch.float64 else torch.float32
+        return None if shape is None else torch.zeros(shape, dtype=wide, device=table.device)
 
-    @torch.no_grad()
     def update(
         self, table: Tensor, state: Tensor | None, rows: Tensor, sums: Tensor, draw: int
     ) -> None:
         """Move distinct rows; of float16 and bfloat16 with the draw-th of the seed's roundings."""
-        steps = self.steps(sums, rows, state)
-        moved = table[rows].to(sums.dtype).sub_(steps)
-        if table.dtype in (torch.float16, torch.bfloat16):
-            generator = torch.Generator(table.device).manual_seed(self.seed * 1_000_003 + draw)
-            moved = round_at_random(moved, table.dtype, generator)
-        table.index_copy_(0, rows, moved)
+        given: dict[str, Any] = {"rule": self.rule, "lr": self.lr, "state": state}
+        eps = {"eps": self.eps} if hasattr(self, "eps") else {}
+        seed = (self.seed * 1_000_003 + draw) % 2**63
+        row_update(table, rows, sums, **given, **eps, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ class RowSGD(RowOptimizer):
         >>> PrefixNgramEmbedding((64, 64), 32, optimizer=RowSGD(0.1))
     """
 
-    def steps(self, sums: Tensor, rows: Tensor, state: Tensor | None) -> Tensor:
-        """Return lr g."""
-        return sums * self.lr
+    rule = "sgd"
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,11 @@ class RowAdagrad(RowOptimizer):
     """
 
     eps: float = 1e-10
+    rule = "adagrad"
 
-    def new_state(self, table: Tensor) -> Tensor | None:
-        """Return s = 0 for every element."""
-        return torch.zeros(table.shape, dtype=_wide(table), device=table.device)
-
-    def steps(self, sums: Tensor, rows: Tensor, state: Tensor | None) -> Tensor:
-        """Return lr g / (sqrt(s) + eps), s being updated."""
-        assert state is not None
-        squares = state[rows].addcmul_(sums, sums)
-        state.index_copy_(0, rows, squares)
-        return (sums * self.lr).div_(squares.sqrt_().add_(self.eps))
+    def state_shape(self, table: Tensor) -> tuple[int, ...]:
+        """Return [H, d]."""
+        return tuple(table.shape)
 
 
 @dataclass(frozen=True)
@@ -112,37 +107,12 @@ class RowwiseAdagrad(RowOptimizer):
     """
 
     eps: float = 1e-8
+    rule = "rowwise_adagrad"
 
-    def new_state(self, table: Tensor) -> Tensor | None:
-        """Return s = 0 for every row."""
-        return torch.zeros(len(table), dtype=_wide(table), device=table.device)
-
-    def steps(self, sums: Tensor, rows: Tensor, state: Tensor | None) -> Tensor:
-        """Return lr g / (sqrt(s) + eps), s being updated."""
-        assert state is not None
-        squares = state[rows] + sums.square().mean(1)
-        state.index_copy_(0, rows, squares)
-        return (sums * self.lr).div_(squares.sqrt_().add_(self.eps)[:, None])
+    def state_shape(self, table: Tensor) -> tuple[int, ...]:
+        """Return [H]."""
+        return (len(table),)
 
 
 OPTIMIZERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowwiseAdagrad)}
 
-
-def _wide(table: Tensor) -> torch.dtype:
-    return torch.float64 if table.dtype == torch.float64 else torch.float32
-
-
-def round_at_random(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round float32 to a neighbour in float16 or bfloat16; the nearer, the likelier: no bias."""
-    drop = 16 if dtype == torch.bfloat16 else 13  # bits of float32 that dtype lacks
-    noise = torch.randint(
-        1 << drop, x.shape, dtype=torch.int32, device=x.device, generator=generator
-    )
-    # a float's bits grow with its magnitude: noise carries into the kept ones as often as is due
-    out = (((x.view(torch.int32) + noise) >> drop) << drop).view(torch.float32)
-    if dtype == torch.float16:  # below 2^-14 its numbers are 2^-24 apart
-        units = x * 2.0**24
-        low = units.floor()
-        tiny = (low + (noise < (units - low) * (1 << drop))) * 2.0**-24
-        out = torch.where(x.abs() < 2.0**-14, tiny, out)
-    return torch.where(x.isfinite(), out, x).to(dtype)

@@ -31,9 +31,12 @@ def check_key_space(levels: Sequence[int]) -> list[int]:
 
 def check_arguments(
     codes: Any, levels: Sequence[int], mode: str, hashing: str, groups: Sequence[int] | None,
-    packed: bool,
+    packed: bool, items: str = "M",
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Check what says how codes become rows; return levels and groups as lists."""
+    """Check what says how codes become rows; return levels and groups as lists.
+
+    items: what the op calls the number of rows of codes.
+    """
     sizes = check_levels(levels)
     parts = [len(sizes)] if groups is None else list(groups)
     if any(not isinstance(part, int) or part < 1 for part in parts) or sum(parts) != len(sizes):
@@ -45,9 +48,9 @@ def check_arguments(
     check_choice("mode", mode, ("concat", "sum"))
     check_choice("hashing", hashing, ("modulo", "murmur3", "order_preserving"))
     if packed:
-        check_tensor("codes", codes, ("M", packed_bytes(sizes)), (torch.uint8,))
+        check_tensor("codes", codes, (items, packed_bytes(sizes)), (torch.uint8,))
     else:
-        check_tensor("codes", codes, ("M", len(sizes)), INTEGERS)
+        check_tensor("codes", codes, (items, len(sizes)), INTEGERS)
     return sizes, parts
 
 

@@ -5,47 +5,80 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .._checks import (
-    FLOATS,
-    INTEGERS,
-    check_codes,
-    check_offsets,
-    check_one_dtype,
-    check_same,
-    check_tensor,
-    named_items,
-)
+from .._checks import check_same
 from .._dispatch import Op
 from ..reference import code_attention as reference
 from . import _attention
+from ._code_fields import check_fields
+from ._prefix import check_contents
+from .code_attention_gradient import gradient
 
 
 def _check_values(
-    q: Tensor,
-    codes: Tensor,
-    key_tables: Sequence[Tensor],
-    value_tables: Sequence[Tensor],
-    offsets: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> None:
-    check_offsets(offsets, len(codes))
-    check_codes(codes, [len(table) for table in key_tables], least=-1)
+    q: Tensor, codes: Tensor, key_tables: Sequence[Tensor], value_tables: Sequence[Tensor],
+    offsets: Tensor, bias: Tensor | None, scale: float, levels: Sequence[int],
+    groups: Sequence[int], hashing: str, packed: bool,
+) -> None:  # fmt: skip
+    check_contents(codes, levels, offsets, packed)
 
 
 _op = Op(
     "code_attention",
     "(Tensor q, Tensor codes, Tensor[] key_tables, Tensor[] value_tables, Tensor offsets, "
-    "Tensor? bias, float scale) -> (Tensor out, Tensor lse)",
-    fake=lambda q, codes, key_tables, value_tables, offsets, bias, scale: _attention.fake(
+    "Tensor? bias, float scale, int[] levels, int[] groups, str hashing, bool packed) "
+    "-> (Tensor out, Tensor lse)",
+    fake=lambda q, codes, key_tables, value_tables, *rest: _attention.fake(
         q, value_tables[0].shape[2]
     ),
     reference=reference.code_attention,
     check_values=_check_values,
     autocast=("q", "key_tables", "value_tables"),
 )
+
+
+class _Sparse(torch.autograd.Function):
+    """The attention with sparse gradients of the tables, which torch's operators cannot return."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, rest: Sequence[Any], q: Tensor, codes: Tensor, offsets: Tensor,
+        bias: Tensor | None, *tables: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        keys, values = tables[: len(tables) // 2], tables[len(tables) // 2 :]
+        out, lse = _op(q, codes, list(keys), list(values), offsets, bias, *rest, backend=backend)
+        ctx.backend, ctx.rest = backend, rest
+        ctx.save_for_backward(q, codes, offsets, bias, out, lse, *tables)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, codes, offsets, bias, out, lse, *tables = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(out)
+        cast = [table.to(out.dtype) for table in tables]  # as autocast did
+        keys, values = cast[: len(cast) // 2], cast[len(cast) // 2 :]
+        given = (q.to(out.dtype), codes, keys, values, offsets, bias, *ctx.rest)
+        found = gradient(grad, grad_lse, *given, out, lse, backend=ctx.backend)
+        grad_bias = None if bias is None else found[1]
+        sums = [*zip(found[2::3], found[3::3], strict=True)]
+        sums += zip(found[2::3], found[4::3], strict=True)
+        sparse = [_coo(*pair, table) for pair, table in zip(sums, tables, strict=True)]
+        every = (None, None, found[0].to(q.dtype), None, None, grad_bias, *sparse)
+        needed = zip(every, ctx.needs_input_grad, strict=True)
+        return tuple(each if need else None for each, need in needed)
+
+
+def _coo(rows: Tensor, sums: Tensor, table: Tensor) -> Tensor:
+    """Return a table's gradient as a sparse tensor of the rows that were read."""
+    return torch.sparse_coo_tensor(
+        rows[None], sums.to(table.dtype), table.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def code_attention(
@@ -58,14 +91,22 @@ def code_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    levels: Sequence[int] | None = None,
+    prefix: bool = False,
+    groups: Sequence[int] | None = None,
+    hashing: str = "modulo",
+    packed: bool = False,
+    sparse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attend to each user's history, whose keys and values are sums of rows that its codes name.
 
     $o_c = \sum_t \mathrm{softmax}_t(s\, \langle q_c, k_t \rangle + b_t)\, v_t$ with
-    $k_t = \sum_f K_f[c_{tf}],\ v_t = \sum_f V_f[c_{tf}]$; a code of -1 adds nothing.
+    $k_t = \sum_f K_f[r_f(c_t)],\ v_t = \sum_f V_f[r_f(c_t)]$, where $r_f(c_t)$ is the code $c_{tf}$
+    itself or, in a group of prefixes, the row of its first codes up to f, as `prefix_ngram_keys`
+    gives it; a code of -1 adds nothing.
 
-    In PyTorch, without codes of -1::
+    In PyTorch, without codes of -1, where every code is its own row::
 
         k = sum(table[code.long()] for table, code in zip(key_tables, codes.T))
         v = sum(table[code.long()] for table, code in zip(value_tables, codes.T))
@@ -74,13 +115,25 @@ def code_attention(
     Args:
         q: [B, C, H, d] float32, float16, bfloat16 or float64: C candidates for each of B users.
         codes: [T, F] of any integer dtype: the codes of all histories; column f is in [-1, N_f).
-        key_tables: F tensors [N_f, H, d], q's dtype; N_f >= 1 may differ.
-        value_tables: F tensors [N_f, H, dv], q's dtype; dv may differ from d.
+            Or, packed, what `pack_codes` makes of them.
+        key_tables: F tensors [R_f, H, d], q's dtype; R_f >= 1 may differ.
+        value_tables: F tensors [R_f, H, dv], q's dtype; dv may differ from d.
         offsets: int64 [B + 1]; user u has the rows offsets[u] .. offsets[u + 1] - 1.
         bias: [T] or [T, H], q's dtype or float32, added to the logits of every candidate of the
             row's user. -inf takes the row out; a row of codes that are all -1 stays in, with key 0.
         scale: s, a finite float; d ** -0.5 by default.
         return_lse: return lse too.
+        levels: (N_1, ..., N_F), the ranges of the codes; None, R_f each. Needed with packed, prefix
+            and groups. A table with fewer rows than its field has keys shares them by hashing.
+        prefix: the fields are the prefixes of one code: one group of all of them.
+        groups: how many fields each code has, such as (1, 1, 3) for an author, a time gap and the
+            prefixes of a three-level code: keys begin anew with each, and field f of a group reads
+            the row of the group's first codes up to f, of which an unknown one silences all deeper
+            fields of the group. None: every field by itself, unless prefix is set.
+        hashing: "modulo", "murmur3" or "order_preserving", as for `prefix_ngram_lookup`.
+        packed: codes are uint8 [T, ceil(bits / 8)] of `pack_codes`.
+        sparse: gradients of the tables are coalesced sparse COO tensors of the rows that were read,
+            not dense ones. In eager mode only.
         backend: "auto" or "reference".
 
     Returns:
@@ -92,51 +145,35 @@ def code_attention(
 
     Numerics: the reference sums a row's key in float32 and rounds it to q's dtype, then does as
     target_attention; gradients of tables are summed in float32 (float64 for float64) and rounded
-    once. Autocast casts q and the tables, not the bias. The same inputs give the same bits on every
-    run; the reference uses torch's matrix products, whose bits may change with the number of
-    threads. Workspace of the reference: the keys and values in full, and F times as much in
-    float32, besides that of target_attention.
+    once; sparse ones are those of `code_attention_gradient`. Autocast casts q and the tables, not
+    the bias. The same inputs give the same bits on every run; the reference uses torch's matrix
+    products, whose bits may change with the number of threads. Workspace of the reference: the keys
+    and values in full, F times as much in float32, a float32 copy of the tables, and F int64 per
+    row, besides that of target_attention.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no table, offsets
-        that do not start at 0, decrease, or do not end at T, or a scale that is not finite.
-        IndexError: a code out of range. BackendError: the named backend cannot run this.
+        TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no table, a wrong
+        level, group or choice, offsets that do not start at 0, decrease, or do not end at T, or a
+        scale that is not finite. IndexError: a code out of range. BackendError: the named backend
+        cannot run this.
 
-    Source: LARM, section 2.3 and equation 5 (codes of live slices in ranking); FLUID, section 3.2.
+    Source: LARM, section 2.3 and equation 5 (codes of live slices in ranking); FLUID, section 3.2,
+    and equations 1-2 (prefixes).
 
     Example:
         >>> out = code_attention(q, codes, key_tables, value_tables, offsets)  # [B, C, H, dv]
     """
     _attention.check_query(q, offsets)
-    keys, values = _check_tables(q, key_tables, value_tables)
-    check_tensor("codes", codes, ("T", len(keys)), INTEGERS)
-    bias = _attention.check_bias(bias, q, codes.shape[0])
-    check_same("device", q=q, codes=codes, offsets=offsets, bias=bias, **keys, **values)
-    scale = _attention.resolve_scale(scale, q)
-    out, lse = _op(
-        q, codes, list(keys.values()), list(values.values()), offsets, bias, scale, backend=backend
+    fields = check_fields(
+        q, codes, key_tables, value_tables, levels, prefix, groups, hashing, packed
     )
+    bias = _attention.check_bias(bias, q, codes.shape[0])
+    jagged = {"codes": codes, "offsets": offsets, "bias": bias}
+    check_same("device", q=q, **jagged, **fields.keys, **fields.values)
+    keys, values = list(fields.keys.values()), list(fields.values.values())
+    rest = (_attention.resolve_scale(scale, q), *fields.rows)
+    if sparse and torch.is_grad_enabled() and any(t.requires_grad for t in [*keys, *values]):
+        out, lse = _Sparse.apply(backend, rest, q, codes, offsets, bias, *keys, *values)
+    else:
+        out, lse = _op(q, codes, keys, values, offsets, bias, *rest, backend=backend)
     return (out, lse) if return_lse else out
-
-
-def _check_tables(
-    q: Tensor, key_tables: Any, value_tables: Any
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Check the tables against q and each other, and return them by name."""
-    keys, values = named_items("key_tables", key_tables), named_items("value_tables", value_tables)
-    if len(keys) != len(values):
-        raise ValueError(
-            f"value_tables: must be as many as key_tables, {len(keys)}, got {len(values)}"
-        )
-    heads, dim = q.shape[2:]
-    dv: int | str = "dv"  # until the first table tells
-    for (key_name, key), (value_name, value) in zip(keys.items(), values.items(), strict=True):
-        check_tensor(key_name, key, ("N", heads, dim), FLOATS)
-        if key.shape[0] < 1:
-            raise ValueError(f"{key_name}: needs at least one row, got shape {list(key.shape)}")
-        check_tensor(value_name, value, (key.shape[0], heads, dv), FLOATS)
-        dv = value.shape[2]
-        if value.shape[2] < 1:
-            raise ValueError(f"{value_name}: dv must be at least 1, got shape {list(value.shape)}")
-    check_one_dtype(q=q, **keys, **values)
-    return keys, values

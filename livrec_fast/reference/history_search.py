@@ -11,45 +11,66 @@ from torch.nn import functional
 
 from ._formula import per_user, wide_dtype
 from ._oracle import Oracle, randn, random_offsets
-from .code_attention import decode, draw_codes, look_up
+from ._search_mask import draw_masks, kept, kept_of
+from .code_attention import decode, draw_fields, look_up
+from .prefix_ngram_keys import prefix_ngram_keys
 
 
-def history_search(query: Tensor, keys: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def history_search(
+    query: Tensor, keys: Tensor, offsets: Tensor, k: int, *masks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """score_t = query . key_t over the user's own rows; the k greatest, and where they are.
 
     The product is summed row by row, not by a matrix product, whose blocks may round equal rows
-    differently: equal rows must tie.
+    differently: equal rows must tie. masks: item_ids, query_ids and so on, as `kept` takes them.
     """
     wide = wide_dtype(query.dtype)
     query, keys = query.to(wide).contiguous(), keys.to(wide).contiguous()
-    users = zip(query, per_user(keys, offsets), strict=True)
-    return _stack([best((user[:, None] * rows).sum(2), k) for user, rows in users], query, k)
+    users = zip(query, per_user(keys, offsets), kept(query, offsets, *masks), strict=True)
+    return _stack(
+        [best((user[:, None] * rows).sum(2), may, k) for user, rows, may in users], query, k
+    )
 
 
 def history_search_codes(
-    query: Tensor, codes: Tensor, tables: Sequence[Tensor], offsets: Tensor, k: int
+    query: Tensor,
+    codes: Tensor,
+    tables: Sequence[Tensor],
+    offsets: Tensor,
+    k: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """score_t = sum_f LUT_f[codes[t, f]] with LUT_f = tables[f] query^T; a code of -1 adds nothing.
+    """score_t = sum_f LUT_f[row_f(codes[t])], LUT_f = tables[f] query^T; row -1 adds nothing.
 
-    Equal codes read equal entries and add them in one order, so they tie.
+    Equal codes read equal entries and add them in one order, so they tie. rest: the masks as
+    `kept` takes them; levels, groups, hashing and packed, which say which rows codes name.
     """
+    *masks, levels, groups, hashing, packed = rest
+    sizes = [len(table) for table in tables]
+    named = prefix_ngram_keys(codes, levels, sizes, hashing, groups, packed)
     query = query.to(wide_dtype(query.dtype))
     tables = [table.to(query.dtype) for table in tables]
     found = []
-    for user, rows in zip(query, per_user(codes, offsets), strict=True):
+    users = zip(query, per_user(named, offsets), kept(query, offsets, *masks), strict=True)
+    for user, rows, may in users:
         luts = [table @ user.T for table in tables]
-        found.append(best(sum(map(look_up, luts, rows.T)).T, k))  # type: ignore[union-attr]
+        found.append(best(sum(map(look_up, luts, rows.T)).T, may, k))  # type: ignore[union-attr]
     return _stack(found, query, k)
 
 
-def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k greatest of each row, the rightmost first among equals, then -inf and -1."""
+def best(scores: Tensor, may: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k greatest of each row among those that `may` be found, then -inf and -1.
+
+    The rightmost is the first among equals.
+    """
     length = scores.shape[1]
-    values, order = scores.flip(1).sort(dim=1, descending=True, stable=True)
-    positions = length - 1 - order
+    order = length - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, (~may).gather(1, order).byte().argsort(dim=1, stable=True))[:, :k]
+    masked = ~may.gather(1, order)
+    scores = scores.gather(1, order).masked_fill(masked, -torch.inf)
     fill = (0, max(k - length, 0))
-    return functional.pad(values[:, :k], fill, value=-torch.inf), functional.pad(
-        positions[:, :k], fill, value=-1
+    return functional.pad(scores, fill, value=-torch.inf), functional.pad(
+        order.masked_fill(masked, -1), fill, value=-1
     )
 
 
@@ -69,12 +90,15 @@ def agree(output: tuple[Tensor, Tensor], inputs: dict[str, Any]) -> None:
 
 def agree_codes(output: tuple[Tensor, Tensor], inputs: dict[str, Any]) -> None:
     """Hold scores and positions from codes to the same rule; rows of equal codes are equal rows."""
-    query, codes = inputs["query"].double(), inputs["codes"].long()
+    query, codes = inputs["query"].double(), inputs["codes"]
     tables = [table.double() for table in inputs["tables"]]
-    size = decode(codes, [table.norm(dim=1, keepdim=True) for table in tables])[:, 0]
-    twins = codes.unique(dim=0, return_inverse=True)[1] if len(codes) else codes[:, 0]
-    terms = query.shape[2] + len(tables) + 1
-    _agree(output, query, decode(codes, tables), size, terms, twins, inputs)
+    sizes, depth = [len(table) for table in tables], len(tables)
+    groups = inputs["groups"] or ([depth] if inputs["prefix"] else [1] * depth)
+    names = inputs["levels"] or sizes, sizes, inputs["hashing"], groups, inputs["packed"]
+    rows = prefix_ngram_keys(codes, *names)
+    size = decode(rows, [table.norm(dim=1, keepdim=True) for table in tables])[:, 0]
+    twins = rows.unique(dim=0, return_inverse=True)[1] if len(rows) else rows[:, 0]
+    _agree(output, query, decode(rows, tables), size, query.shape[2] + depth + 1, twins, inputs)
 
 
 def _agree(
@@ -96,26 +120,32 @@ def _agree(
     assert scores.dtype == wide and positions.dtype == torch.int64, (scores.dtype, positions.dtype)
     assert scores.shape == positions.shape == (*query.shape[:2], inputs["k"]), scores.shape
     users = (per_user(rows, inputs["offsets"]) for rows in (keys, size, twins))
-    for user, (rows, norm, twin) in enumerate(zip(*users, strict=True)):
+    for user, (rows, norm, twin, may) in enumerate(zip(*users, kept_of(inputs), strict=True)):
         for candidate, q in enumerate(query[user]):
             bound = terms * torch.finfo(wide).eps * q.norm() * norm
             at = user, candidate
             try:
-                hold(scores[at], positions[at], rows @ q, bound, twin)
+                hold(scores[at], positions[at], rows @ q, bound, twin, may[candidate])
             except AssertionError as error:
                 raise AssertionError(f"user {user}, candidate {candidate}: {error}") from None
 
 
-def hold(scores: Tensor, positions: Tensor, exact: Tensor, bound: Tensor, twins: Tensor) -> None:
-    """Check one candidate's answer [k] against float64 scores [t], give or take `bound` [t]."""
-    filled = min(len(scores), len(exact))
+def hold(
+    scores: Tensor, positions: Tensor, exact: Tensor, bound: Tensor, twins: Tensor, may: Tensor
+) -> None:
+    """Check one candidate's answer [k] against float64 scores [t], give or take `bound` [t].
+
+    may: bool [t], the items that can be found at all.
+    """
+    filled = min(len(scores), int(may.sum()))
     assert (scores[filled:] == -torch.inf).all(), "a short history must be filled with -inf"
     assert (positions[filled:] == -1).all(), "a short history must be filled with -1"
     scores, positions = scores[:filled], positions[:filled]
     assert ((positions >= 0) & (positions < len(exact))).all(), "a position is outside the history"
-    left = torch.ones(len(exact), dtype=torch.bool)
+    assert may[positions].all(), "a masked item is reported"
+    left = may.clone()
     left[positions] = False
-    assert int(left.sum()) == len(exact) - filled, "a position is reported twice"
+    assert int(left.sum()) == int(may.sum()) - filled, "a position is reported twice"
     error = (scores.double() - exact[positions]).abs()
     assert (error <= bound[positions]).all(), f"a score is off by {error.max():.3g}"
     ties = (scores[1:] == scores[:-1]) & (positions[1:] < positions[:-1])
@@ -140,6 +170,9 @@ def make_inputs(
     D: int,
     K: int,
     distinct: int,
+    ids: int,
+    bits: int,
+    times: int,
 ) -> dict[str, Any]:
     """Draw histories of at most L rows; one in three repeats a recent one, unless `distinct`.
 
@@ -150,7 +183,8 @@ def make_inputs(
     if not distinct:
         back = torch.randint(-8, 5, (len(keys),), generator=generator).clamp(min=0)
         keys = keys[(torch.arange(len(keys)) - back).clamp(min=0)]
-    return {"query": query, "keys": keys, "offsets": offsets, "k": K}
+    masks = draw_masks(generator, offsets, C, ids, bits, times)
+    return {"query": query, "keys": keys, "offsets": offsets, "k": K, **masks}
 
 
 def make_codes_inputs(
@@ -164,13 +198,22 @@ def make_codes_inputs(
     F: int,
     N: int,
     K: int,
+    ids: int,
+    bits: int,
+    times: int,
+    rows: int = 2**31,
+    kind: int = 0,
+    hash: int = 0,
+    pack: int = 0,
 ) -> dict[str, Any]:
-    """Draw histories of at most L rows of F codes below N; equal rows of codes are common."""
+    """Draw histories of at most L rows of F codes; equal rows of codes are common."""
     offsets = random_offsets(generator, B, L)
-    query, rows = draw_exact(generator, dtype, (B, C, D), F * N)
-    tables = list(rows.unflatten(0, (F, N)))
-    codes = draw_codes(generator, int(offsets[-1]), [N] * F)
-    return {"query": query, "codes": codes, "tables": tables, "offsets": offsets, "k": K}
+    named = {"F": F, "N": N, "rows": rows, "kind": kind, "hash": hash, "pack": pack, "odd": 0}
+    fields, sizes = draw_fields(generator, int(offsets[-1]), **named)
+    query, table = draw_exact(generator, dtype, (B, C, D), sum(sizes))
+    masks = draw_masks(generator, offsets, C, ids, bits, times)
+    tables = list(table.split(sizes))
+    return {"query": query, "tables": tables, "offsets": offsets, "k": K, **fields, **masks}
 
 
 def draw_exact(
@@ -187,15 +230,36 @@ def draw_exact(
     return query.to(dtype), keys.to(dtype)
 
 
-_SIZES = {"B": (0, 5), "C": (0, 4), "L": (0, 60), "D": (1, 40), "K": (1, 70)}
+_SIZES = {
+    "B": (0, 5), "C": (0, 4), "L": (0, 60), "D": (1, 40), "K": (1, 70), "ids": (0, 1),
+    "bits": (0, 1), "times": (0, 1),
+}  # fmt: skip
+_ALL, _NONE = (dict.fromkeys(("ids", "bits", "times"), on) for on in (1, 0))
+_TYPICAL = {"B": 6, "C": 4, "L": 80, "D": 32, "K": 10, **_ALL}
+_SMALL = {"B": 3, "C": 2, "L": 5, "D": 8, "K": 2, **_ALL}
+_MASKED = {"B": 3, "C": 3, "L": 300, "D": 8, "K": 20, **_NONE}
 _CASES = {
-    "typical": {"B": 6, "C": 4, "L": 80, "D": 32, "K": 10},
-    "no users": {"B": 0, "C": 3, "L": 5, "D": 8, "K": 2},
-    "no candidates": {"B": 3, "C": 0, "L": 5, "D": 8, "K": 2},
-    "empty histories": {"B": 3, "C": 2, "L": 0, "D": 8, "K": 2},
-    "one of each": {"B": 1, "C": 1, "L": 1, "D": 1, "K": 1},
-    "k past every length": {"B": 4, "C": 2, "L": 20, "D": 8, "K": 50},
-    "long": {"B": 2, "C": 2, "L": 3000, "D": 64, "K": 200},
+    "typical": _TYPICAL,
+    "no masks": _TYPICAL | _NONE,
+    "no users": _SMALL | {"B": 0},
+    "no candidates": _SMALL | {"C": 0},
+    "empty histories": _SMALL | {"L": 0},
+    "one of each": {"B": 1, "C": 1, "L": 1, "D": 1, "K": 1, **_NONE},
+    "k past every length": {"B": 4, "C": 2, "L": 20, "D": 8, "K": 50, **_NONE},
+    "long": {"B": 2, "C": 2, "L": 3000, "D": 64, "K": 200, **_NONE},
+    "same author": _MASKED | {"ids": 1},
+    "behaviour bits": _MASKED | {"bits": 1},
+    "time window": _MASKED | {"times": 1},
+    "all masks": _MASKED | _ALL,
+    "nothing left": _MASKED | {"ids": 2},
+}
+_NAMING = {"rows": (1, 100), "kind": (0, 3), "hash": (0, 2), "pack": (0, 1)}
+_FIELDS = {"F": 3, "N": 12, "rows": 50, "kind": 0, "hash": 0, "pack": 0}
+_NAMED = {
+    "hashed fields": _TYPICAL | {"kind": 1, "rows": 5, "hash": 1},
+    "prefixes": _TYPICAL | {"kind": 2, "N": 8, "rows": 45},
+    "mixed groups": _TYPICAL | {"kind": 3, "F": 5, "N": 16, "hash": 2},
+    "packed": _TYPICAL | {"kind": 3, "N": 9, "pack": 1},
 }
 ORACLES = {
     "history_search": Oracle(
@@ -208,8 +272,8 @@ ORACLES = {
     "history_search_codes": Oracle(
         history_search_codes,
         make_codes_inputs,
-        {**_SIZES, "F": (1, 4), "N": (1, 20)},
-        {name: {**sizes, "F": 3, "N": 12} for name, sizes in _CASES.items()},
+        {**_SIZES, "F": (1, 4), "N": (1, 20), **_NAMING},
+        {name: {**_FIELDS, **sizes} for name, sizes in {**_CASES, **_NAMED}.items()},
         agree=agree_codes,
     ),
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._hash import murmur3, shifted
 from ._oracle import Oracle, randn, random_offsets
 from .pack_codes import pack_codes, unpack_codes
 
@@ -37,42 +38,9 @@ def prefix_keys(codes: Tensor, levels: Sequence[int]) -> Tensor:
     return torch.stack(keys, 1)
 
 
-def _times(a: Tensor, b: int) -> Tensor:
-    """Multiply modulo 2^64; torch's int64 wraps, but takes constants up to 2^63 only."""
-    return a * (b - 2**64 if b >= 2**63 else b)
-
-
-def _shifted(a: Tensor, bits: int) -> Tensor:
-    """Shift right, zeros from the left: torch's shift brings the sign."""
-    return (a >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _rotated(a: Tensor, bits: int) -> Tensor:
-    return (a << bits) | _shifted(a, 64 - bits)
-
-
-def _mixed(a: Tensor) -> Tensor:
-    a = _times(a ^ _shifted(a, 33), 0xFF51AFD7ED558CCD)
-    a = _times(a ^ _shifted(a, 33), 0xC4CEB9FE1A85EC53)
-    return a ^ _shifted(a, 33)
-
-
-def murmur3(key: Tensor) -> Tensor:
-    """MurmurHash3 (x64, 128 bits) of the 16 bytes (key, 0), seed 0, its halves combined by xor."""
-    low = _times(_rotated(_times(key, 0x87C37B91114253D5), 31), 0x4CF5AD432745937F)
-    low = _rotated(low, 27) * 5 + 0x52DCE729
-    high = low * 5 + 0x38495AB5
-    low, high = low ^ 16, high ^ 16
-    low = low + high
-    high = high + low
-    low, high = _mixed(low), _mixed(high)
-    low = low + high
-    return low ^ (high + low)
-
-
 def _remainder(a: Tensor, size: int) -> Tensor:
     """Return the remainder of a, read as unsigned, by size."""
-    high, low = _shifted(a, 1), a & 1
+    high, low = shifted(a, 1), a & 1
     return ((high % size) * 2 % size + low) % size if size < 2**62 else _wide_remainder(a, size)
 
 
@@ -92,10 +60,10 @@ def table_rows(key: Tensor, keys: int, rows: int, hashing: str) -> Tensor:
     if hashing == "murmur3":
         return _remainder(murmur3(key), rows)
     scale = (rows << 64) // keys
-    a, b = (_shifted(key, 32), key & 0xFFFFFFFF), (scale >> 32, scale & 0xFFFFFFFF)
-    middle = a[0] * b[1] + _shifted(a[1] * b[1], 32)
+    a, b = (shifted(key, 32), key & 0xFFFFFFFF), (scale >> 32, scale & 0xFFFFFFFF)
+    middle = a[0] * b[1] + shifted(a[1] * b[1], 32)
     rest = a[1] * b[0] + (middle & 0xFFFFFFFF)
-    return a[0] * b[0] + _shifted(middle, 32) + _shifted(rest, 32)
+    return a[0] * b[0] + shifted(middle, 32) + shifted(rest, 32)
 
 
 def prefix_ngram_lookup(

@@ -15,10 +15,7 @@ def target_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend from each user's candidates, q [B, C, H, d], to that user's rows of k and v."""
-    if bias is None:
-        bias = k.new_zeros(len(k), 1)
-    elif bias.dim() == 1:
-        bias = bias[:, None]
+    bias = bias_by_head(bias, k)
     users = zip(q, per_user(k, offsets), per_user(v, offsets), per_user(bias, offsets), strict=True)
     pairs = [attend(*user, scale) for user in users]
     heads = q.shape[1:3]
@@ -26,6 +23,38 @@ def target_attention(
     no_lse = q.new_zeros(0, *heads, dtype=wide_dtype(q.dtype))
     out = torch.cat([no_out, *(out[None] for out, _ in pairs)])
     return out.contiguous(), torch.cat([no_lse, *(lse[None] for _, lse in pairs)])
+
+
+def bias_by_head(bias: Tensor | None, k: Tensor) -> Tensor:
+    """Return the bias as [T, H], or [T, 1] where it is one for all heads; zeros for none."""
+    if bias is None:
+        return k.new_zeros(len(k), 1)
+    return bias[:, None] if bias.dim() == 1 else bias
+
+
+def logits_of(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Return scale * q k^T + bias of one user: [C, H, t]."""
+    return scale * torch.einsum("chd,thd->cht", q, k) + bias.T
+
+
+def softmax_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of logits [C, H, t], 0 where all are -inf, and where [C, H, 1] that is."""
+    empty = (logits == -torch.inf).all(2, keepdim=True)
+    # softmax of nothing but -inf has NaN gradients
+    return logits.masked_fill(empty, 0).softmax(2).masked_fill(empty, 0), empty
+
+
+def shifted_logsumexp(logits: Tensor) -> Tensor:
+    """Return the log of the sum of exponentials of logits [C, H, t], with gradients at any size.
+
+    Its gradient is exp(logits - logsumexp), of which logits of 10^4 leave three digits in float32,
+    unless they are shifted first.
+    """
+    if logits.shape[2] == 0:
+        return logits.logsumexp(2)
+    peak = logits.detach().amax(2, keepdim=True)
+    peak = peak.masked_fill(~peak.isfinite(), 0)
+    return (logits - peak).logsumexp(2) + peak[..., 0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -37,11 +66,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple
     gives 0 and -inf, with gradients of 0.
     """
     wide = wide_dtype(q.dtype)
-    logits = scale * torch.einsum("chd,thd->cht", q.to(wide), k.to(wide)) + bias.to(wide).T
-    empty = (logits == -torch.inf).all(2, keepdim=True)
-    logits = logits.masked_fill(empty, 0)  # softmax of nothing but -inf has NaN gradients
-    weights = logits.softmax(2).masked_fill(empty, 0)
-    lse = logits.logsumexp(2).masked_fill(empty[..., 0], -torch.inf)
+    logits = logits_of(q.to(wide), k.to(wide), bias.to(wide), scale)
+    weights, empty = softmax_of(logits)
+    lse = shifted_logsumexp(logits.masked_fill(empty, 0)).masked_fill(empty[..., 0], -torch.inf)
     return torch.einsum("cht,thv->chv", weights.to(v.dtype), v), lse
 
 

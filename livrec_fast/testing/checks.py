@@ -174,8 +174,9 @@ def _unaligned(name: str, t: Tensor) -> Tensor:
 
 
 def _expanded(name: str, t: Tensor) -> Tensor:
-    """Repeat the first row; offsets keep their values, as equal ones would mean something else."""
-    return t if t.dim() == 0 or len(t) == 0 or "offsets" in name else t[:1].expand(t.shape)
+    """Repeat the first row; what must ascend keeps its values."""
+    kept = t.dim() == 0 or len(t) == 0 or "offsets" in name or name == "rows"
+    return t if kept else t[:1].expand(t.shape)
 
 
 LAYOUTS: dict[str, Callable[[str, Tensor], Tensor]] = {

@@ -34,11 +34,18 @@ class Subject:
     stem: str
 
     def run(self, inputs: Inputs, backend: str = "auto") -> Any:
-        """Call the public function with a backend, or with the formula instead of one."""
+        """Call the public function with a backend, or with the formula instead of one.
+
+        What it changes in place it is given copies of, and these are returned.
+        """
+        changed = self._changed(inputs)
+        inputs = {**inputs, **changed}
         if backend != FORMULA:
-            return self.function(**inputs, backend=backend)
-        with intercepted(lambda op, args: self.oracle.function(*args)):
-            return self.function(**inputs)
+            returned = self.function(**inputs, backend=backend)
+        else:
+            with intercepted(lambda op, args: self.oracle.function(*args)):
+                returned = self.function(**inputs)
+        return tuple(changed.values()) if changed else returned
 
     def arguments(self, inputs: Inputs) -> list[Any]:
         """Return the operator's arguments for the public function's `inputs`."""
@@ -49,8 +56,12 @@ class Subject:
             return self.oracle.function(*args)
 
         with intercepted(record):
-            self.function(**inputs)
+            self.function(**{**inputs, **self._changed(inputs)})
         return seen
+
+    def _changed(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Copy the inputs that the op changes in place."""
+        return {n: inputs[n].clone() for n in self.op.mutates if inputs[n] is not None}
 
     def refusal(self, inputs: Inputs, backend: str) -> str | None:
         """Say what speaks against a backend for these inputs, or None."""

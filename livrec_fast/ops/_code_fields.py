@@ -1,0 +1,79 @@
+"""What the ops over codes check alike: tables, and how codes name their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .._checks import FLOATS, check_levels, check_one_dtype, check_tensor, named_items
+from ._prefix import check_arguments
+
+
+class Fields(NamedTuple):
+    """Checked fields: their tables by name, and the operator's arguments on how codes name rows."""
+
+    keys: dict[str, Tensor]
+    values: dict[str, Tensor]
+    rows: tuple[list[int], list[int], str, bool]
+
+
+def check_fields(
+    q: Tensor, codes: Any, key_tables: Any, value_tables: Any, levels: Sequence[int] | None,
+    prefix: bool, groups: Sequence[int] | None, hashing: str, packed: bool,
+) -> Fields:  # fmt: skip
+    """Check codes and tables against q and each other, and resolve levels and groups."""
+    keys, values = _check_tables(q, key_tables, value_tables)
+    rows = check_rows(codes, list(keys.values()), levels, prefix, groups, hashing, packed)
+    return Fields(keys, values, rows)
+
+
+def check_rows(
+    codes: Any, tables: Sequence[Tensor], levels: Sequence[int] | None, prefix: bool,
+    groups: Sequence[int] | None, hashing: str, packed: bool,
+) -> tuple[list[int], list[int], str, bool]:  # fmt: skip
+    """Check how codes name rows of a field's table each; return the operators' arguments on it."""
+    for name, flag in {"prefix": prefix, "packed": packed}.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: must be True or False, got {flag!r}")
+    if prefix and groups is not None:
+        raise ValueError(
+            f"groups: prefix=True means one group of all levels; give one of them, groups for "
+            f"several codes, got prefix=True and groups={groups!r}"
+        )
+    if levels is None:
+        for name, given in {"packed": packed, "prefix": prefix, "groups": groups}.items():
+            if given:
+                raise ValueError(f"levels: needed with {name}={given!r}, got None")
+        levels = [table.shape[0] for table in tables]
+    depth = len(check_levels(levels))
+    if depth != len(tables):
+        raise ValueError(f"levels: must be one per table, {len(tables)}, got {depth}")
+    if groups is None:
+        groups = [depth] if prefix else [1] * depth
+    sizes, parts = check_arguments(codes, levels, "sum", hashing, groups, packed, "T")
+    return sizes, parts, hashing, packed
+
+
+def _check_tables(
+    q: Tensor, key_tables: Any, value_tables: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Check the tables against q and each other, and return them by name."""
+    keys, values = named_items("key_tables", key_tables), named_items("value_tables", value_tables)
+    if len(keys) != len(values):
+        raise ValueError(
+            f"value_tables: must be as many as key_tables, {len(keys)}, got {len(values)}"
+        )
+    heads, dim = q.shape[2:]
+    dv: int | str = "dv"  # until the first table tells
+    for (key_name, key), (value_name, value) in zip(keys.items(), values.items(), strict=True):
+        check_tensor(key_name, key, ("N", heads, dim), FLOATS)
+        if key.shape[0] < 1:
+            raise ValueError(f"{key_name}: needs at least one row, got shape {list(key.shape)}")
+        check_tensor(value_name, value, (key.shape[0], heads, dv), FLOATS)
+        dv = value.shape[2]
+        if value.shape[2] < 1:
+            raise ValueError(f"{value_name}: dv must be at least 1, got shape {list(value.shape)}")
+    check_one_dtype(q=q, **keys, **values)
+    return keys, values
