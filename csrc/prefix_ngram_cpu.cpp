@@ -14,10 +14,6 @@ const char* row_of(const PrefixLevel& level, TableType type, int64_t row) {
   return static_cast<const char*>(level.table) + row * level.table_stride * bytes_of(type);
 }
 
-void fetch(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-}
-
 // memcpy for sizes that are mostly a few cache lines: no call, no branch on alignment.
 LIVREC_INLINE void copy(const char* from, int64_t bytes, char* to) {
   constexpr int64_t kStep = kLanes * 4;
@@ -25,6 +21,17 @@ LIVREC_INLINE void copy(const char* from, int64_t bytes, char* to) {
   for (; at + kStep <= bytes; at += kStep)
     store(reinterpret_cast<float*>(to + at), load(reinterpret_cast<const float*>(from + at)));
   for (; at < bytes; ++at) to[at] = from[at];
+}
+
+// Whether rows go past the caches: output larger than these would push out tables for nothing.
+bool streams(const PrefixLookup& job) {
+  constexpr int64_t kLarge = 16 << 20;
+  const int64_t size = bytes_of(job.type);
+  bool whole =
+      job.codes.items * job.width * size >= kLarge && streamable(job.out, job.width * size);
+  for (int64_t l = 0; l < job.codes.level_count; ++l)
+    whole &= streamable(nullptr, job.codes.levels[l].dim * size);
+  return whole;
 }
 
 // out (+)= scale * row, in float32.
@@ -56,7 +63,7 @@ void finish(const float* sums, float count, TableType type, int64_t width, void*
 }
 
 // Side by side, nothing to add: rows are copied as they are.
-void copy_item(const PrefixLookup& job, const int64_t* rows, int64_t item) {
+void copy_item(const PrefixLookup& job, const int64_t* rows, int64_t item, bool past_caches) {
   const int64_t size = bytes_of(job.type);
   char* out = static_cast<char*>(job.out) + item * job.width * size;
   for (int64_t l = 0; l < job.codes.level_count; ++l) {
@@ -64,6 +71,8 @@ void copy_item(const PrefixLookup& job, const int64_t* rows, int64_t item) {
     const int64_t row = rows[l * kPrefixBlock];
     if (row < 0)
       __builtin_memset(out + level.column * size, 0, static_cast<std::size_t>(level.dim * size));
+    else if (past_caches)
+      stream(row_of(level, job.type, row), level.dim * size, out + level.column * size);
     else
       copy(row_of(level, job.type, row), level.dim * size, out + level.column * size);
   }
@@ -97,7 +106,7 @@ class Rows {
   int64_t first_bad() const { return first_bad_; }
 
  private:
-  static constexpr int kAhead = 16;
+  static constexpr int kAhead = 32;
 
   int64_t* at(int64_t item) const {  // two blocks take turns
     const int64_t i = item - begin_, turn = i / kPrefixBlock % 2;
@@ -111,7 +120,7 @@ class Rows {
     found_ = end;
   }
 
-  void ask() {
+  LIVREC_INLINE void ask() {
     if (asked_ == end_) return;
     if (asked_ == found_) find();
     const int64_t* rows = at(asked_++);
@@ -131,15 +140,17 @@ int64_t look_up_items(const PrefixLookup& job, int64_t begin, int64_t end, int64
                       float* sums) {
   const bool plain = !job.sum && job.type != TableType::i8;
   Rows rows(job, begin, end, space);
+  const bool past_caches = plain && streams(job);
   for (int64_t item = begin; item < end; ++item) {
     if (plain) {
-      copy_item(job, rows.of(item), item);
+      copy_item(job, rows.of(item), item, past_caches);
       continue;
     }
     for (int64_t d = 0; d < job.width; ++d) sums[d] = 0.0f;
     add_item(job, rows.of(item), sums);
     finish(sums, 1.0f, job.type, job.width, job.out, item);
   }
+  if (past_caches) end_stream();
   return rows.first_bad();
 }
 

@@ -126,8 +126,7 @@ void prefix_gradient_add(const PrefixGradient& job, int64_t chunk, const PrefixR
     if (at + kAhead < end) {
       const int64_t row = grad_row(job, job.order[at + kAhead]) * job.grad_stride;
       const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
-      for (int64_t d = 0; d < width * size; d += 64)
-        __builtin_prefetch(static_cast<const char*>(job.grad) + row * size + d);
+      fetch(static_cast<const char*>(job.grad) + row * size, width * size);
     }
     const float* grad = grad_of(job, step.item, width, scratch);
     if (job.sum) end_runs(job, step.fresh, to);

@@ -7,7 +7,7 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-constexpr int64_t kAhead = 16;  // rows that are asked for before they are read
+constexpr int64_t kAhead = 32;  // rows that are asked for before they are read
 
 // A row of float32 as it lies, or gathered into `space`.
 float* gathered(float* row, int64_t stride, int64_t dim, float* space) {
@@ -75,12 +75,7 @@ void move(const RowUpdate& job, int64_t row, const float* grad, float* to, float
   for (int64_t d = 0; d < dim; ++d) to[d] -= rate * grad[d];
 }
 
-void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64)
-    __builtin_prefetch(static_cast<const char*>(from) + at, 1);
-}
-
-void ask(const RowUpdate& job, int64_t row) {
+LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
   const int64_t size = job.type == RowType::f32 ? 4 : 2;
   fetch(static_cast<char*>(job.table) + row * job.stride * size, job.dim * size);
   if (job.state)

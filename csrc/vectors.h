@@ -35,6 +35,42 @@ typedef double LooseDoubles __attribute__((vector_size(kLanes * 8), aligned(8), 
 LIVREC_INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 LIVREC_INLINE void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 
+// Asks memory for what will be read. Always inline, as must be what only calls it: GCC takes a
+// function that does nothing else for one without effect, and drops its calls.
+LIVREC_INLINE void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+// Copies that go past the caches, in whole vectors; end_stream() makes them visible to others.
+#if defined(__x86_64__)
+typedef long long Line __attribute__((vector_size(kLanes * 4)));
+typedef long long LooseLine __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
+
+LIVREC_INLINE bool streamable(const void* to, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(to) % sizeof(Line) == 0 && bytes % sizeof(Line) == 0;
+}
+
+LIVREC_INLINE void stream(const char* from, int64_t bytes, char* to) {
+  for (int64_t at = 0; at < bytes; at += static_cast<int64_t>(sizeof(Line))) {
+    const Line line = *reinterpret_cast<const LooseLine*>(from + at);
+#if defined(__AVX512F__)
+    __builtin_ia32_movntdq512(reinterpret_cast<Line*>(to + at), line);
+#elif defined(__AVX2__)
+    __builtin_ia32_movntdq256(reinterpret_cast<Line*>(to + at), line);
+#else
+    __builtin_ia32_movntdq(reinterpret_cast<Line*>(to + at), line);
+#endif
+  }
+}
+
+LIVREC_INLINE void end_stream() { __builtin_ia32_sfence(); }
+#else
+LIVREC_INLINE bool streamable(const void*, int64_t) { return false; }
+LIVREC_INLINE void stream(const char*, int64_t, char*) {}
+LIVREC_INLINE void end_stream() {}
+#endif
+
 LIVREC_INLINE Ints lane_numbers() {
   static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Ints lanes;

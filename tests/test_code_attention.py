@@ -133,7 +133,8 @@ def test_is_target_attention_on_decoded_histories(dtype):
     exact = dtype == torch.float64
     leaves = _leaves(inputs)
     results = code_attention(**inputs), target_attention(**_as_target(inputs))
-    torch.testing.assert_close(*results)
+    forward = {"rtol": 0.016, "atol": 0.02} if dtype == torch.bfloat16 else {}  # keys are rounded
+    torch.testing.assert_close(*results, **forward)
     flows = [torch.randn(t.shape).to(t) for t in results[0]]
     grads, want = (torch.autograd.grad(result, leaves, flows) for result in results)
     tolerance = {} if exact else {"rtol": 2e-5 if dtype == torch.float32 else 0.1, "atol": 1e-3}

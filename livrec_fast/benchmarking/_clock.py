@@ -7,7 +7,8 @@ import gc
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,27 @@ import torch
 
 Clock = Callable[[Callable[[], Any]], float]
 _SETTLE = 0.01  # seconds; idle OpenMP threads spin for a while, on cores that the next one needs
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Inside the block, memory that is freed stays with the process, for whoever allocates next.
+
+    The C library would give large blocks back, so that each run would fault its output in again,
+    page by page: a cost of the system, which varies more from run to run than what is measured.
+    Allocators that training jobs use keep memory, too.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    trim, mapped = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc
+    if mallopt is None or not (mallopt(mapped, 0) and mallopt(trim, 2**31 - 1)):
+        yield
+        return
+    try:
+        yield
+    finally:
+        mallopt(mapped, 65536)
+        mallopt(trim, 128 * 1024)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def clock_of(device: str) -> Clock:

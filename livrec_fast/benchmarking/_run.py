@@ -7,7 +7,7 @@ from typing import Any
 
 from .._dispatch import BackendError
 from ._cases import Absent, Case, Contestant, Disagreement, Facts, Inputs, Run
-from ._clock import Bystanders, clock_of, interleave, peak_extra_bytes, percentiles
+from ._clock import Bystanders, clock_of, interleave, kept_memory, peak_extra_bytes, percentiles
 from ._machine import Machine
 
 Row = dict[str, Any]
@@ -47,7 +47,8 @@ def run_case(case: Case, machine: Machine, *, budget: float, memory: bool = True
         for name, came in entered.items()
     }
     bystanders = Bystanders()
-    times = _timed(entered, machine, budget)
+    with kept_memory():
+        times = _timed(entered, machine, budget)
     head = {**_head(case, machine), "others_busy": bystanders.share()}
     kinds = {contestant.name: contestant.kind for contestant in case.contestants}
     rows = [

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_levels, check_one_dtype, check_tensor, named_items
+from .._dispatch import refuse_native
 from ._prefix import check_arguments
 
 
@@ -17,6 +19,13 @@ class Fields(NamedTuple):
     keys: dict[str, Tensor]
     values: dict[str, Tensor]
     rows: tuple[list[int], list[int], str, bool]
+
+
+def refuse_wide(q: Tensor, *rest: object) -> str | None:
+    """Say why the C++ kernels cannot take these queries, or None."""
+    if q.dtype == torch.float64:
+        return "computes in float32; q is float64"
+    return refuse_native(q)
 
 
 def check_fields(

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._checks import check_same
-from .._dispatch import Op
+from .._dispatch import Backend, Op
 from ..reference import code_attention as reference
 from . import _attention
-from ._code_fields import check_fields
+from ._code_fields import check_fields, refuse_wide
 from ._prefix import check_contents
 from .code_attention_gradient import gradient
 
@@ -26,6 +26,31 @@ def _check_values(
     check_contents(codes, levels, offsets, packed)
 
 
+def _backward(
+    grads: Sequence[Tensor | None], q: Tensor, codes: Tensor, key_tables: Sequence[Tensor],
+    value_tables: Sequence[Tensor], offsets: Tensor, bias: Tensor | None, *rest: Any,
+    outputs: Sequence[Tensor], needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Return the dense gradients that are wanted, of q, the tables and the bias."""
+    out, lse = outputs
+    grad = torch.zeros_like(out) if grads[0] is None else grads[0]
+    given = (q, codes, key_tables, value_tables, offsets, bias, *rest)
+    found = gradient(grad, grads[1], *given, out, lse, backend="native")
+    tables = [*key_tables, *value_tables]
+    sums = [*zip(found[2::3], found[3::3], strict=True)]
+    sums += zip(found[2::3], found[4::3], strict=True)
+    every = [found[0], None]
+    every += [_dense(*pair, table) for pair, table in zip(sums, tables, strict=True)]
+    every += [None] if bias is None else [None, found[1]]
+    return [one for one, need in zip(every, needs, strict=True) if need and one is not None]
+
+
+def _dense(rows: Tensor, sums: Tensor, table: Tensor) -> Tensor:
+    """Return a table's gradient, zeros but for the rows that were read."""
+    made = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
+    return made.index_copy_(0, rows, sums.to(table.dtype))
+
+
 _op = Op(
     "code_attention",
     "(Tensor q, Tensor codes, Tensor[] key_tables, Tensor[] value_tables, Tensor offsets, "
@@ -36,6 +61,7 @@ _op = Op(
     ),
     reference=reference.code_attention,
     check_values=_check_values,
+    backends=(Backend("native", refuse_wide, backward=_backward),),
     autocast=("q", "key_tables", "value_tables"),
 )
 

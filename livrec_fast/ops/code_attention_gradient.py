@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_same, check_tensor
-from .._dispatch import Op
+from .._dispatch import Backend, Op
 from ..reference import code_attention_gradient as reference
 from ..reference._formula import wide_dtype
 from . import _attention
-from ._code_fields import check_fields
+from ._code_fields import check_fields, refuse_wide
 from ._prefix import check_contents
 
 
@@ -37,6 +37,10 @@ def _check_values(
     check_contents(codes, levels, offsets, packed)
 
 
+def _refuse_native(grad: Tensor, grad_lse: Tensor | None, q: Tensor, *rest: object) -> str | None:
+    return refuse_wide(q)
+
+
 gradient = Op(
     "code_attention_gradient",
     "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor codes, Tensor[] key_tables, "
@@ -45,6 +49,7 @@ gradient = Op(
     fake=_fake,
     reference=reference.code_attention_gradient,
     check_values=_check_values,
+    backends=(Backend("native", _refuse_native),),
     differentiable=False,
 )
 

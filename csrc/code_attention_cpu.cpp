@@ -1,0 +1,340 @@
+#include "code_attention.h"
+
+#include "code_blocks.h"
+#include "halves.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+template <int N, int V, int kFields, bool kExact, int kParts>
+void scan(const CodeBlock& block, int64_t begin, int64_t end, float* sums) {
+  const Terms<N, V, kFields, kExact, kParts> terms(block);
+  typename Lanes<N>::V p[V], g[V];
+  for (int64_t item = begin; item < end; ++item) {
+    terms.weigh(item, p);
+    if (kParts == 2) {
+      terms.slope(item, g);
+      for (int v = 0; v < V; ++v) g[v] *= p[v];
+    }
+    for (int64_t f = 0; f < terms.fields; ++f) {
+      float* row = sums + terms.at(f, item);
+      for (int v = 0; v < V; ++v) write<N>(row + v * N, read<N>(row + v * N) + p[v]);
+      if (kParts == 1) continue;
+      row += N * V;
+      for (int v = 0; v < V; ++v) write<N>(row + v * N, read<N>(row + v * N) + g[v]);
+    }
+  }
+}
+
+struct Scan {
+  const CodeBlock& block;
+  int64_t begin, end;
+  float* sums;
+
+  template <int N, int V, int kFields, bool kExact>
+  LIVREC_INLINE void parts() const {
+    if (block.parts == 2) return scan<N, V, kFields, kExact, 2>(block, begin, end, sums);
+    scan<N, V, kFields, kExact, 1>(block, begin, end, sums);
+  }
+
+  template <int N, int V>
+  LIVREC_INLINE void run() const {
+    if (block.exact) return parts<N, V, 0, true>();
+    switch (block.rows->fields) {
+      case 1:
+        return parts<N, V, 1, false>();
+      case 2:
+        return parts<N, V, 2, false>();
+      case 3:
+        return parts<N, V, 3, false>();
+      case 4:
+        return parts<N, V, 4, false>();
+      default:
+        return parts<N, V, 0, false>();
+    }
+  }
+};
+
+struct Greatest {
+  const CodeBlock& block;
+  int64_t begin, end;
+  float* peaks;
+
+  template <int N, int V, int kParts>
+  LIVREC_INLINE void raise() const {
+    const Terms<N, V, 0, true, kParts> terms(block);
+    typename Lanes<N>::V p[V], most[V];
+    for (int v = 0; v < V; ++v) most[v] = read<N>(peaks + v * N);
+    for (int64_t item = begin; item < end; ++item) {
+      terms.combine(item, p);
+      for (int v = 0; v < V; ++v) most[v] = greater<N>(p[v], most[v]);
+    }
+    for (int v = 0; v < V; ++v) write<N>(peaks + v * N, most[v]);
+  }
+
+  template <int N, int V>
+  LIVREC_INLINE void run() const {
+    block.parts == 2 ? raise<N, V, 2>() : raise<N, V, 1>();
+  }
+};
+
+// x of the columns that a vector holds, lane by lane: [span heads x padded, lanes], times scale.
+// Lanes of other heads, and past the last column, hold zeros.
+template <int N>
+void spread_lanes(const CodeBlock& block, int64_t vector, const float* x, int64_t padded,
+                  float scale, int64_t first_head, int64_t span, float* out) {
+  for (int64_t i = 0; i < span * padded * N; ++i) out[i] = 0.0f;
+  for (int64_t lane = 0; lane < N; ++lane) {
+    const int64_t column = block.first + vector * N + lane;
+    if (column >= block.heads * block.candidates) break;
+    const int64_t head = column / block.candidates, candidate = column % block.candidates;
+    const float* from = x + (candidate * block.heads + head) * padded;
+    float* to = out + (head - first_head) * padded * N + lane;
+    for (int64_t d = 0; d < padded; ++d) to[d * N] = scale * from[d];
+  }
+}
+
+// Products of kRows rows with a vector of columns.
+template <int N, int kRows>
+LIVREC_INLINE void multiply(const float* rows, int64_t stride, const float* lanes, int64_t count,
+                            typename Lanes<N>::V* out) {
+  for (int r = 0; r < kRows; ++r) out[r] = typename Lanes<N>::V{};
+  for (int64_t j = 0; j < count; ++j) {
+    const auto column = read<N>(lanes + j * N);
+    for (int r = 0; r < kRows; ++r) out[r] += rows[r * stride + j] * column;
+  }
+}
+
+struct Products {
+  const CodeBlock& block;
+  int64_t part;
+  const float *rows, *x;
+  int64_t padded;
+  float scale;
+  const float* less;
+  float *peaks, *lanes;
+
+  template <int N, int V>
+  void run() const {
+    for (int v = 0; v < V; ++v) vector<N, V>(v);
+  }
+
+  template <int N, int V>
+  void vector(int64_t v) const {
+    constexpr int kRows = 8;
+    typedef typename Lanes<N>::V Vector;
+    const int64_t first = head_of(block, v * N), span = head_of(block, v * N + N - 1) - first + 1;
+    spread_lanes<N>(block, v, x, padded, scale, first, span, lanes);
+    const int64_t stride = block.heads * padded, count = span * padded;
+    const CodeRows& all = *block.rows;
+    for (int64_t f = 0; f < all.fields; ++f) {
+      Vector most = Vector{} - kInfinity, found[kRows];
+      const Vector shift = less && f == 0 ? read<N>(less + v * N) : Vector{};
+      for (int64_t i = all.ends[f]; i < all.ends[f + 1]; i += kRows) {
+        const int64_t some = least(kRows, all.ends[f + 1] - i);
+        const float* from = rows + i * stride + first * padded;
+        if (some == kRows)
+          multiply<N, kRows>(from, stride, lanes, count, found);
+        else
+          for (int64_t r = 0; r < some; ++r)
+            multiply<N, 1>(from + r * stride, stride, lanes, count, found + r);
+        for (int64_t r = 0; r < some; ++r) {
+          const CodeRow& row = all.distinct[i + r];
+          const Vector value = found[r] - shift;
+          most = greater<N>(value, most);
+          for (uint32_t copy = 0; copy < row.copies; ++copy)
+            write<N>(block.tables + ((row.slot + copy) * block.parts + part) * (N * V) + v * N,
+                     value);
+        }
+      }
+      if (peaks) write<N>(peaks + f * (N * V) + v * N, most);
+    }
+  }
+};
+
+struct Exponentials {
+  const CodeBlock& block;
+  const float* peaks;
+
+  template <int N, int V>
+  void run() const {
+    const CodeRows& all = *block.rows;
+    for (int64_t f = 0; f < all.fields; ++f)
+      for (int64_t i = all.ends[f]; i < all.ends[f + 1]; ++i) {
+        const CodeRow& row = all.distinct[i];
+        float* own = block.tables + row.slot * block.parts * (N * V);
+        for (int v = 0; v < V; ++v) {
+          const auto value =
+              exponential<N>(read<N>(own + v * N) - read<N>(peaks + f * (N * V) + v * N));
+          for (uint32_t copy = 0; copy < row.copies; ++copy)
+            write<N>(own + copy * block.parts * (N * V) + v * N, value);
+        }
+      }
+  }
+};
+
+// Adds rows up two by two, whatever their number: errors grow with its logarithm.
+void fold_copies(float* rows, int64_t copies, int64_t size) {
+  while (copies > 1) {
+    const int64_t half = (copies + 1) / 2;
+    for (int64_t i = 0; i < (copies - half) * size; ++i) rows[i] += rows[half * size + i];
+    copies = half;
+  }
+}
+
+void gather_row(const void* table, TableType type, int64_t row, int64_t heads, int64_t dim,
+                int64_t padded, float* out) {
+  const auto* floats = static_cast<const float*>(table) + row * heads * dim;
+  const auto* halves = static_cast<const uint16_t*>(table) + row * heads * dim;
+  for (int64_t h = 0; h < heads; ++h, out += padded, floats += dim, halves += dim) {
+    if (type == TableType::f32)
+      for (int64_t d = 0; d < dim; ++d) out[d] = floats[d];
+    else if (type == TableType::f16)
+      for (int64_t d = 0; d < dim; ++d) out[d] = float_of_f16(halves[d]);
+    else
+      for (int64_t d = 0; d < dim; ++d) out[d] = float_of_bf16(halves[d]);
+    for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
+  }
+}
+
+}  // namespace
+
+CodeShape code_shape(int64_t columns, int64_t parts, int64_t slots) {
+  const int64_t lanes = columns <= 4 ? 4 : columns <= 8 && kLanes > 4 ? 8 : kLanes;
+  // Tables and sums of a block should stay in a core's own cache.
+  const int64_t room = (int64_t{400} << 10) / (slots * parts * 2 * 4 + 1) / lanes;
+  int64_t vectors = 1;
+  while (vectors < 4 && vectors * lanes < columns && vectors * 2 <= room) vectors *= 2;
+  return {lanes, vectors, kLanes};
+}
+
+void code_gather(const void* const* tables, TableType type, const CodeRows& rows, int64_t heads,
+                 int64_t dim, int64_t padded, float* out) {
+  for (int64_t f = 0; f < rows.fields; ++f)
+    for (int64_t i = rows.ends[f]; i < rows.ends[f + 1]; ++i, out += heads * padded)
+      if (rows.distinct[i].row >= 0)
+        gather_row(tables[f], type, rows.distinct[i].row, heads, dim, padded, out);
+      else
+        for (int64_t d = 0; d < heads * padded; ++d) out[d] = 0.0f;
+}
+
+void code_widen(const void* x, TableType type, int64_t count, int64_t dim, int64_t padded,
+                float* out) {
+  gather_row(x, type, 0, count, dim, padded, out);
+}
+
+int64_t code_lane_space(const CodeBlock& block, int64_t padded) {
+  const int64_t most = block.shape.lanes / block.candidates + 2;
+  return least(most, block.heads) * padded * block.shape.lanes;
+}
+
+void code_products(const CodeBlock& block, int64_t part, const float* rows, const float* x,
+                   int64_t padded, float scale, const float* less, float* peaks, float* scratch) {
+  shaped(block.shape, Products{block, part, rows, x, padded, scale, less, peaks, scratch});
+}
+
+void code_exponentials(const CodeBlock& block, const float* peaks) {
+  shaped(block.shape, Exponentials{block, peaks});
+}
+
+void code_exp(const float* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    write<kLanes>(out + i, exponential<kLanes>(read<kLanes>(x + i)));
+  for (; i < count; ++i) {
+    Floats one{};
+    one[0] = x[i];
+    out[i] = exponential<kLanes>(one)[0];
+  }
+}
+
+void code_scan(const CodeBlock& block, int64_t begin, int64_t end, float* sums) {
+  shaped(block.shape, Scan{block, begin, end, sums});
+}
+
+void code_greatest(const CodeBlock& block, int64_t begin, int64_t end, float* peaks) {
+  shaped(block.shape, Greatest{block, begin, end, peaks});
+}
+
+void code_fold(const CodeBlock& block, float* sums, float* totals) {
+  constexpr int64_t kRun = 16;
+  const int64_t size = block.parts * block.shape.width();
+  const CodeRows& all = *block.rows;
+  for (int64_t i = 0; i < all.ends[all.fields]; ++i)
+    fold_copies(sums + all.distinct[i].slot * size, all.distinct[i].copies, size);
+  for (int64_t w = 0; w < size; ++w) totals[w] = 0.0f;
+  for (int64_t i = 0; i < all.ends[1]; i += kRun)
+    for (int64_t w = 0; w < size; ++w) {
+      float sum = 0.0f;
+      for (int64_t r = i; r < least(i + kRun, all.ends[1]); ++r)
+        sum += sums[all.distinct[r].slot * size + w];
+      totals[w] += sum;
+    }
+}
+
+namespace {
+
+// Sums over rows for up to kTile columns of one head and a vector of its dimensions.
+template <int kTile>
+LIVREC_INLINE void column_tile(const CodeBlock& block, const float* sums, int64_t column,
+                               const float* rows, int64_t stride, Floats* out) {
+  constexpr int64_t kRun = 64;  // rows added up by themselves: errors grow with runs and their size
+  const int64_t size = block.parts * block.shape.width();
+  const CodeRows& all = *block.rows;
+  const int64_t count = all.ends[all.fields];
+  for (int c = 0; c < kTile; ++c) out[c] = Floats{};
+  for (int64_t i = 0; i < count; i += kRun) {
+    Floats run[kTile] = {};
+    for (int64_t r = i; r < least(i + kRun, count); ++r) {
+      const Floats row = load(rows + r * stride);
+      const float* weights = sums + all.distinct[r].slot * size + column;
+      for (int c = 0; c < kTile; ++c) run[c] += weights[c] * row;
+    }
+    for (int c = 0; c < kTile; ++c) out[c] += run[c];
+  }
+}
+
+}  // namespace
+
+void code_columns(const CodeBlock& block, const float* sums, const float* rows, int64_t padded,
+                  const float* factor, float* out) {
+  constexpr int kTile = 8;
+  const int64_t stride = block.heads * padded, last = block.heads * block.candidates;
+  const int64_t width = least(block.shape.width(), last - block.first);
+  Floats found[kTile];
+  for (int64_t w = 0, some; w < width; w += some) {
+    const int64_t head = (block.first + w) / block.candidates;
+    const int64_t candidate = (block.first + w) % block.candidates;
+    const int64_t left = least(width - w, block.candidates - candidate);
+    some = left >= kTile ? kTile : 1;
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      const float* from = rows + head * padded + d;
+      if (some == kTile)
+        column_tile<kTile>(block, sums, w, from, stride, found);
+      else
+        column_tile<1>(block, sums, w, from, stride, found);
+      for (int64_t c = 0; c < some; ++c) {
+        float* to = out + ((candidate + c) * block.heads + head) * padded + d;
+        store(to, load(to) + factor[w + c] * found[c]);
+      }
+    }
+  }
+}
+
+void code_narrow(const float* x, int64_t count, int64_t dim, int64_t padded, TableType type,
+                 void* out) {
+  auto* floats = static_cast<float*>(out);
+  auto* halves = static_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < count; ++i, x += padded, floats += dim, halves += dim) {
+    if (type == TableType::f32)
+      for (int64_t d = 0; d < dim; ++d) floats[d] = x[d];
+    else if (type == TableType::f16)
+      for (int64_t d = 0; d < dim; ++d) halves[d] = f16_of(x[d]);
+    else
+      for (int64_t d = 0; d < dim; ++d) halves[d] = bf16_of(x[d]);
+  }
+}
+
+}  // namespace LIVREC_ISA
+}  // namespace livrec

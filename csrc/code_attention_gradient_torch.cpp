@@ -1,0 +1,290 @@
+#include "code_attention_gradient.h"
+
+#include <numeric>
+
+#include "code_attention_torch.h"
+
+namespace livrec {
+namespace {
+
+constexpr int64_t kGroups = 16;           // sums of users are added up in so many parts
+constexpr int64_t kDenseBytes = 4 << 20;  // a field's sums, where every row has its place
+
+// Gradients of one field's rows, [heads, d + dv] each, from the users of a group.
+class FieldSums {
+ public:
+  FieldSums(int64_t rows, int64_t size) : rows_(rows), size_(size) {
+    dense_ = rows * size * 4 <= kDenseBytes;
+  }
+
+  void add(int64_t row, const float* keys, const float* values, int64_t heads, int64_t dim,
+           int64_t padded, int64_t value_dim, int64_t value_padded) {
+    float* to = place(row);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < dim; ++d) *to++ += keys[h * padded + d];
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < value_dim; ++d) *to++ += values[h * value_padded + d];
+  }
+
+  bool dense() const { return dense_; }
+  bool has(int64_t row) const { return !sums_.empty() && touched_[static_cast<size_t>(row)]; }
+  const float* at(int64_t i) const { return sums_.data() + i * size_; }
+  const std::vector<int64_t>& named() const { return named_; }
+
+ private:
+  float* place(int64_t row) {
+    if (!dense_) {
+      named_.push_back(row);
+      sums_.resize(sums_.size() + static_cast<size_t>(size_), 0.0f);
+      return sums_.data() + sums_.size() - size_;
+    }
+    if (sums_.empty()) {
+      sums_.assign(static_cast<size_t>(rows_ * size_), 0.0f);
+      touched_.assign(static_cast<size_t>(rows_), 0);
+    }
+    touched_[static_cast<size_t>(row)] = 1;
+    return sums_.data() + row * size_;
+  }
+
+  int64_t rows_, size_;
+  bool dense_;
+  std::vector<float> sums_;
+  std::vector<uint8_t> touched_;
+  std::vector<int64_t> named_;  // rows in order of arrival, where not dense
+};
+
+// What is known of one output row: where its terms lie, in order.
+struct RowTerms {
+  std::vector<int64_t> rows;    // ascending
+  std::vector<int64_t> starts;  // [rows + 1] into `from`
+  std::vector<const float*> from;
+};
+
+RowTerms terms_of(const std::vector<std::vector<FieldSums>>& groups, size_t field, int64_t height) {
+  RowTerms terms;
+  if (groups.empty() || groups[0][field].dense()) {
+    for (int64_t row = 0; row < (groups.empty() ? 0 : height); ++row) {
+      const size_t before = terms.from.size();
+      for (const auto& group : groups)
+        if (group[field].has(row)) terms.from.push_back(group[field].at(row));
+      if (terms.from.size() == before) continue;
+      terms.rows.push_back(row);
+      terms.starts.push_back(static_cast<int64_t>(before));
+    }
+  } else {
+    std::vector<std::pair<int64_t, const float*>> all;
+    for (const auto& group : groups)
+      for (size_t i = 0; i < group[field].named().size(); ++i)
+        all.emplace_back(group[field].named()[i], group[field].at(static_cast<int64_t>(i)));
+    std::stable_sort(all.begin(), all.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (i == 0 || all[i].first != all[i - 1].first) {
+        terms.rows.push_back(all[i].first);
+        terms.starts.push_back(static_cast<int64_t>(i));
+      }
+      terms.from.push_back(all[i].second);
+    }
+  }
+  terms.starts.push_back(static_cast<int64_t>(terms.from.size()));
+  return terms;
+}
+
+class Gradient {
+ public:
+  Gradient(const CodeCall& call, const Tensor& grad, const Optional& grad_lse, const Tensor& out)
+      : call_(call),
+        grad_(grad),
+        grad_lse_(grad_lse),
+        out_(out),
+        columns_(call.candidates * call.heads),
+        grad_q_(
+            empty_cpu({call.users, call.candidates, call.heads, call.dim}, call.q.scalar_type())),
+        grad_bias_(call.bias && call.bias->dim() == 2
+                       ? empty_cpu({call.codes.items, call.heads}, ScalarType::Float)
+                       : empty_cpu({call.bias ? call.codes.items : 0}, ScalarType::Float)) {}
+
+  std::vector<Tensor> run() {
+    std::fill_n(grad_bias_.mutable_data_ptr<float>(), grad_bias_.numel(), 0.0f);
+    const int64_t count = std::min(call_.users, kGroups);
+    const size_t fields = call_.keys.size();
+    const int64_t size = call_.heads * (call_.dim + call_.value_dim);
+    for (int64_t g = 0; g < count; ++g) {
+      groups_.emplace_back();
+      for (size_t f = 0; f < fields; ++f)
+        groups_.back().emplace_back(call_.key_tables[f].size(0), size);
+    }
+    FirstBad first_bad;
+    each_user(count, [&](int64_t begin, int64_t end) {
+      CodePass pass(call_, 2);
+      for (int64_t g = begin; g < end; ++g)
+        for (int64_t user = call_.users * g / count; user < call_.users * (g + 1) / count; ++user)
+          add(pass, user, groups_[static_cast<size_t>(g)], first_bad);
+    });
+    check_codes(first_bad);
+    std::vector<Tensor> found{grad_q_, grad_bias_};
+    for (size_t f = 0; f < fields; ++f) collect(f, found);
+    return found;
+  }
+
+ private:
+  void add(CodePass& pass, int64_t user, std::vector<FieldSums>& sums, FirstBad& first_bad) {
+    const auto element = static_cast<int64_t>(grad_q_.element_size());
+    char* own =
+        static_cast<char*>(grad_q_.mutable_data_ptr()) + user * columns_ * call_.dim * element;
+    if (!pass.begin(user, first_bad)) {
+      std::fill_n(own, columns_ * call_.dim * element, 0);
+      return name_rows(pass, user, sums, first_bad);
+    }
+    Buffer grad_buffer, out_buffer, query_buffer, key_buffer, value_buffer, line_buffer;
+    const float* grad =
+        pass.widened(grad_buffer, call_.of_user(grad_, user), call_.value_dim, pass.value_padded);
+    const float* out =
+        pass.widened(out_buffer, call_.of_user(out_, user), call_.value_dim, pass.value_padded);
+    const int64_t distinct = pass.rows().ends[pass.rows().fields];
+    float* queries = query_buffer.zeros(columns_ * pass.padded);
+    float* keys = key_buffer.zeros(distinct * call_.heads * pass.padded);
+    float* values = value_buffer.zeros(distinct * call_.heads * pass.value_padded);
+    float* lines = line_buffer.of(4 * pass.width());
+    float *less = lines, *inverse = less + pass.width(), *mean = inverse + pass.width(),
+          *scale = mean + pass.width();
+    std::fill_n(scale, pass.width(), call_.scale);
+    for (int64_t first = 0; first < columns_; first += pass.width()) {
+      guess(pass, first, grad, out, less);
+      pass.run(first, grad, less);
+      means(pass, user, first, inverse, mean);
+      LIVREC_CALL(code_slopes, pass.block, inverse, mean, pass.sums);
+      LIVREC_CALL(code_columns, pass.block, pass.sums + pass.width(), pass.keys, pass.padded, scale,
+                  queries);
+      LIVREC_CALL(code_row_sums, pass.block, 1, pass.sums, pass.q, pass.padded, call_.scale, keys);
+      LIVREC_CALL(code_row_sums, pass.block, 0, pass.sums, grad, pass.value_padded, 1.0f, values);
+      if (call_.bias) add_bias(pass, user, inverse, mean);
+    }
+    LIVREC_CALL(code_narrow, queries, columns_, call_.dim, pass.padded, call_.type, own);
+    const CodeRows& rows = pass.rows();
+    for (int64_t f = 0; f < rows.fields; ++f)
+      for (int64_t i = rows.ends[f]; i < rows.ends[f + 1]; ++i)
+        if (rows.distinct[i].row >= 0)
+          sums[static_cast<size_t>(f)].add(
+              rows.distinct[i].row, keys + i * call_.heads * pass.padded,
+              values + i * call_.heads * pass.value_padded, call_.heads, call_.dim, pass.padded,
+              call_.value_dim, pass.value_padded);
+  }
+
+  // Without candidates nothing is added, but the rows of the history are named all the same.
+  void name_rows(CodePass& pass, int64_t user, std::vector<FieldSums>& sums, FirstBad& first_bad) {
+    const int64_t from = call_.offsets->data[user], to = call_.offsets->data[user + 1];
+    if (from == to) return;
+    HistoryRows history;
+    history.read(call_.codes, from, to, first_bad);
+    const CodeRows rows = history.rows();
+    for (int64_t f = 0; f < rows.fields; ++f)
+      for (int64_t i = rows.ends[f]; i < rows.ends[f + 1]; ++i)
+        if (rows.distinct[i].row >= 0)
+          sums[static_cast<size_t>(f)].add(rows.distinct[i].row, nullptr, nullptr, 0, 0, 0, 0, 0);
+  }
+
+  // <grad, out>: about the mean of D, so that what is added up is small.
+  void guess(const CodePass& pass, int64_t first, const float* grad, const float* out,
+             float* less) const {
+    for (int64_t w = 0; w < pass.width(); ++w) {
+      less[w] = 0.0f;
+      if (first + w >= columns_) continue;
+      const int64_t head = (first + w) / call_.candidates, c = (first + w) % call_.candidates;
+      const int64_t at = (c * call_.heads + head) * pass.value_padded;
+      float sum = 0.0f;
+      for (int64_t d = 0; d < call_.value_dim; ++d) sum += grad[at + d] * out[at + d];
+      if (std::isfinite(sum)) less[w] = sum;
+    }
+  }
+
+  void means(const CodePass& pass, int64_t user, int64_t first, float* inverse, float* mean) const {
+    const float* own_lse =
+        grad_lse_ ? grad_lse_->const_data_ptr<float>() + user * columns_ : nullptr;
+    for (int64_t w = 0; w < pass.width(); ++w) {
+      const float total = pass.totals[w];
+      inverse[w] = mean[w] = 0.0f;
+      if (total == 0.0f || first + w >= columns_) continue;  // nothing is left of this history
+      const int64_t head = (first + w) / call_.candidates, c = (first + w) % call_.candidates;
+      inverse[w] = 1.0f / total;
+      mean[w] = pass.totals[pass.width() + w] * inverse[w];
+      if (own_lse) mean[w] -= own_lse[c * call_.heads + head];
+    }
+  }
+
+  void add_bias(const CodePass& pass, int64_t user, const float* inverse, const float* mean) {
+    float* own =
+        grad_bias_.mutable_data_ptr<float>() + call_.offsets->data[user] * call_.bias_heads;
+    pass.each_chunk([&](int64_t, int64_t begin, int64_t end) {
+      LIVREC_CALL(code_bias_slopes, pass.block, begin, end, inverse, mean, own);
+    });
+  }
+
+  // Rows and sums of a field, its users' added up in order.
+  void collect(size_t field, std::vector<Tensor>& found) const {
+    const RowTerms terms = terms_of(groups_, field, call_.key_tables[field].size(0));
+    const auto count = static_cast<int64_t>(terms.rows.size());
+    Tensor rows = empty_cpu({count}, ScalarType::Long);
+    Tensor keys = empty_cpu({count, call_.heads, call_.dim}, ScalarType::Float);
+    Tensor values = empty_cpu({count, call_.heads, call_.value_dim}, ScalarType::Float);
+    std::copy(terms.rows.begin(), terms.rows.end(), rows.mutable_data_ptr<int64_t>());
+    const int64_t key_size = call_.heads * call_.dim, value_size = call_.heads * call_.value_dim;
+    float *key_data = keys.mutable_data_ptr<float>(),
+          *value_data = values.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float *key = key_data + i * key_size, *value = value_data + i * value_size;
+        std::fill_n(key, key_size, 0.0f);
+        std::fill_n(value, value_size, 0.0f);
+        for (int64_t at = terms.starts[static_cast<size_t>(i)];
+             at < terms.starts[static_cast<size_t>(i) + 1]; ++at) {
+          const float* from = terms.from[static_cast<size_t>(at)];
+          for (int64_t d = 0; d < key_size; ++d) key[d] += from[d];
+          for (int64_t d = 0; d < value_size; ++d) value[d] += from[key_size + d];
+        }
+      }
+    });
+    for (const Tensor& tensor : {rows, keys, values}) found.push_back(tensor);
+  }
+
+  const CodeCall& call_;
+  const Tensor grad_;
+  const Optional grad_lse_;
+  const Tensor out_;
+  const int64_t columns_;
+  Tensor grad_q_, grad_bias_;
+  std::vector<std::vector<FieldSums>> groups_;
+};
+
+std::vector<Tensor> code_attention_gradient(
+    const Tensor& grad, const Optional& grad_lse, const Tensor& q, const Tensor& codes,
+    const std::vector<Tensor>& key_tables, const std::vector<Tensor>& value_tables,
+    const Tensor& offsets, const Optional& bias, double scale, const std::vector<int64_t>& levels,
+    const std::vector<int64_t>& groups, const std::string& hashing, bool packed, const Tensor& out,
+    const Tensor& lse) {
+  const CodeCall call(q, codes, key_tables, value_tables, offsets, bias, scale, levels, groups,
+                      hashing, packed);
+  for (const Tensor* x : {&grad, &out})
+    STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == call.users && x->size(1) == call.candidates &&
+                        x->size(2) == call.heads && x->size(3) == call.value_dim &&
+                        x->scalar_type() == q.scalar_type(),
+                    "grad, out: must be [B, C, H, dv] of q's dtype");
+  Optional lse_slopes;
+  if (grad_lse) {
+    lse_slopes = torch::stable::contiguous(*grad_lse);
+    STD_TORCH_CHECK(lse_slopes->numel() == call.users * call.candidates * call.heads &&
+                        lse_slopes->scalar_type() == ScalarType::Float,
+                    "grad_lse: must be float32 [B, C, H]");
+  }
+  Gradient gradient(call, torch::stable::contiguous(grad), lse_slopes,
+                    torch::stable::contiguous(out));
+  return gradient.run();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(livrec, CPU, m) {
+  m.impl("code_attention_gradient.native", TORCH_BOX(&code_attention_gradient));
+}
+
+}  // namespace livrec

@@ -1,0 +1,102 @@
+// How the kernels over blocks of columns (code_attention.h) are chosen by the block's shape; see
+// vectors.h for how it is included.
+#pragma once
+
+#include "code_attention.h"
+#include "tiles.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+// Calls visit.run<lanes, vectors>() for the block's shape.
+template <typename Visit>
+LIVREC_INLINE void shaped(const CodeShape& shape, const Visit& visit) {
+  if (shape.lanes == 4 && shape.vectors == 1) return visit.template run<4, 1>();
+#if defined(__AVX2__)
+  if (shape.lanes == 8 && shape.vectors == 1) return visit.template run<8, 1>();
+#endif
+#if defined(__AVX512F__)
+  if (shape.vectors == 1) return visit.template run<16, 1>();
+#endif
+  if (shape.vectors == 2) return visit.template run<kLanes, 2>();
+  return visit.template run<kLanes, 4>();
+}
+
+LIVREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The head of a column; columns past the last count as the last.
+LIVREC_INLINE int64_t head_of(const CodeBlock& block, int64_t column) {
+  const int64_t last = block.heads * block.candidates - 1;
+  return least(block.first + column, last) / block.candidates;
+}
+
+// An item's bias for each column of the block.
+template <int W>
+LIVREC_INLINE void spread(const CodeBlock& block, const int32_t* heads, int64_t item, float* to) {
+  const float* from = block.factors + item * block.bias_heads;
+  for (int w = 0; w < W; ++w) to[w] = from[heads[w]];
+}
+
+template <int W>
+LIVREC_INLINE void bias_heads_of(const CodeBlock& block, int32_t* heads) {
+  for (int w = 0; w < W; ++w)
+    heads[w] = block.bias_heads > 1 ? static_cast<int32_t>(head_of(block, w)) : 0;
+}
+
+// The terms of an item: products of its rows' exponentials, or, where exact, the exponential of
+// their sum less the peak. kFields: 0 where the number is known at run time only.
+template <int N, int V, int kFields, bool kExact, int kParts>
+struct Terms {
+  typedef typename Lanes<N>::V Vector;
+  static constexpr int kWidth = N * V;
+
+  explicit Terms(const CodeBlock& given)
+      : block(given), fields(kFields ? kFields : given.rows->fields), items(given.rows->items) {
+    bias_heads_of<kWidth>(block, heads);
+  }
+
+  LIVREC_INLINE int64_t at(int64_t field, int64_t item) const {
+    return static_cast<int64_t>(block.rows->slots[field * items + item]) * (kParts * kWidth);
+  }
+
+  // Logits where exact (without the peak), else terms.
+  LIVREC_INLINE void combine(int64_t item, Vector* p) const {
+    const float* row = block.tables + at(0, item);
+    for (int v = 0; v < V; ++v) p[v] = read<N>(row + v * N);
+    for (int64_t f = 1; f < fields; ++f) {
+      row = block.tables + at(f, item);
+      for (int v = 0; v < V; ++v)
+        p[v] = kExact ? p[v] + read<N>(row + v * N) : p[v] * read<N>(row + v * N);
+    }
+    if (!block.bias_heads) return;
+    float bias[kWidth];
+    spread<kWidth>(block, heads, item, bias);
+    for (int v = 0; v < V; ++v)
+      p[v] = kExact ? p[v] + read<N>(bias + v * N) : p[v] * read<N>(bias + v * N);
+  }
+
+  LIVREC_INLINE void weigh(int64_t item, Vector* p) const {
+    combine(item, p);
+    if (!kExact) return;
+    for (int v = 0; v < V; ++v) p[v] = exponential<N>(p[v] - read<N>(block.peaks + v * N));
+  }
+
+  // D: the gradient of the terms.
+  LIVREC_INLINE void slope(int64_t item, Vector* g) const {
+    const float* row = block.tables + at(0, item) + kWidth;
+    for (int v = 0; v < V; ++v) g[v] = read<N>(row + v * N);
+    for (int64_t f = 1; f < fields; ++f) {
+      row = block.tables + at(f, item) + kWidth;
+      for (int v = 0; v < V; ++v) g[v] += read<N>(row + v * N);
+    }
+  }
+
+  const CodeBlock& block;
+  const int64_t fields, items;
+  int32_t heads[kWidth];
+};
+
+}  // namespace
+}  // namespace LIVREC_ISA
+}  // namespace livrec

@@ -1,0 +1,31 @@
+// Histories of codes, as the kernels over them read them: which rows of each field's table a
+// user's history names, each of them once.
+//
+// A row's products with the queries are taken once per user, whatever the length of the history.
+// They lie in slots, field after field; an item has a slot in every field. A row that very many
+// items name has several slots, which take turns, so that no sum has more than kSlotTurns terms and
+// that neighbouring items do not wait for each other's sums.
+#pragma once
+
+#include <cstdint>
+
+#include "prefix_ngram.h"
+
+namespace livrec {
+
+constexpr int64_t kSlotTurns = 256;
+
+struct CodeRow {
+  int64_t row;  // of the field's table; -1: unknown codes, a row of zeros
+  uint32_t slot, copies;
+};
+
+struct CodeRows {
+  int64_t items, fields;
+  const uint32_t* slots;    // [fields, items]
+  const CodeRow* distinct;  // field by field
+  const int64_t* ends;      // [fields + 1]: where a field's rows begin in `distinct`
+  int64_t slot_count;
+};
+
+}  // namespace livrec

@@ -1,0 +1,67 @@
+// Vectors of a chosen number of lanes, for kernels whose rows may be shorter than the widest
+// vectors of an instruction-set level; see vectors.h for how it is included.
+#pragma once
+
+#include "vectors.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+template <int N>
+struct Lanes;
+#define LIVREC_LANES(N)                                                             \
+  template <>                                                                       \
+  struct Lanes<N> {                                                                 \
+    typedef float V __attribute__((vector_size(N * 4)));                            \
+    typedef int32_t I __attribute__((vector_size(N * 4)));                          \
+    typedef float Loose __attribute__((vector_size(N * 4), aligned(4), may_alias)); \
+  };
+LIVREC_LANES(4)
+LIVREC_LANES(8)
+LIVREC_LANES(16)
+#undef LIVREC_LANES
+
+template <int N>
+LIVREC_INLINE typename Lanes<N>::V read(const float* from) {
+  return *reinterpret_cast<const typename Lanes<N>::Loose*>(from);
+}
+
+template <int N>
+LIVREC_INLINE void write(float* to, typename Lanes<N>::V value) {
+  *reinterpret_cast<typename Lanes<N>::Loose*>(to) = value;
+}
+
+// exp(x) for x up to 88, to about one unit in the last place; 0 below 2^-126, where numbers lose
+// bits. 2^n times a polynomial of what is left, |r| <= ln(2) / 2 (Cephes' coefficients).
+template <int N>
+LIVREC_INLINE typename Lanes<N>::V exponential(typename Lanes<N>::V x) {
+  typedef typename Lanes<N>::V V;
+  typedef typename Lanes<N>::I I;
+  const V magic = V{} + 12582912.0f;  // adding it rounds to an integer
+  const V n = (x * 1.44269504088896341f + magic) - magic;
+  V r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  V y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const auto tiny = x < -87.33654f;  // false for NaN, which stays one
+  const V safe = tiny ? V{} : n;
+  const I power = (__builtin_convertvector(safe, I) + 127) << 23;
+  V scale;
+  __builtin_memcpy(&scale, &power, sizeof(scale));
+  y = y * scale;
+  return tiny ? V{} : y;
+}
+
+template <int N>
+LIVREC_INLINE typename Lanes<N>::V greater(typename Lanes<N>::V a, typename Lanes<N>::V b) {
+  return a > b ? a : b;
+}
+
+}  // namespace
+}  // namespace LIVREC_ISA
+}  // namespace livrec
