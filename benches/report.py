@@ -1,8 +1,9 @@
 """Tables and pictures of benches/results/*.json: `python benches/report.py [--into README.md]`.
 
-Writes out/bench/report.md, and per machine and op a bar plot, PNG and SVG. With --into, a summary
-takes the place of what stands between the markers in that file, and the full tables go into the
-README.md of the results' folder, to which the summary points.
+Writes out/bench/report.md, and per machine and op a bar plot, PNG and SVG, and one of time over the
+length of histories where cases differ in nothing else. With --into, a summary takes the place of
+what stands between the markers in that file, and the full tables go into the README.md of the
+results' folder, to which the summary points.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ def main(results: Path, out: Path, into: Path | None) -> None:
         for op, cases in grouped(held["rows"]).items():
             for suffix in ("png", "svg"):
                 plot(op, cases, held["machine"], out / f"{file.stem}-{op}.{suffix}")
+        for op, series in by_length(held["rows"]).items():
+            for suffix in ("png", "svg"):
+                plot_lengths(op, series, held["machine"], out / f"{file.stem}-{op}-T.{suffix}")
     full = "\n".join(sections)
     (out / "report.md").write_text(full)
     if into is not None:
@@ -227,6 +231,62 @@ def panel(axis: Any, case: str, rows: Sequence[Row], machine: dict[str, Any]) ->
     axis.tick_params(axis="x", labelsize=8)
     axis.set_title(f"{case}   (ms; dashed: the machine's floor)", fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def by_length(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Return by op, then by shape, the rows of cases that differ in T alone, at three at least."""
+    shapes: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["sizes"].get("T") and "p50_ms" in row:
+            rest = [f"{k} {v}" for k, v in row["sizes"].items() if k not in ("T", "levels")]
+            shape = ", ".join([row["direction"], *rest, row["dtype"]])
+            shapes[row["op"], shape].append(row)
+    ops: dict[str, dict[str, list[Row]]] = defaultdict(dict)
+    for (op, shape), members in shapes.items():
+        if len({row["sizes"]["T"] for row in members}) >= 3:
+            ops[op][shape] = members
+    return ops
+
+
+def quickest_by_length(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Return by sort of contestant, of which peers that compile are one, the quickest at each T."""
+    found: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        compiled = "compile" in row["contestant"] or "Flex" in row["contestant"]
+        sort = "peer, compiled" if row["kind"] == "peer" and compiled else row["kind"]
+        length = row["sizes"]["T"]
+        found[sort][length] = min(row, found[sort].get(length, row), key=lambda r: r["p50_ms"])
+    return found
+
+
+def plot_lengths(
+    op: str, series: dict[str, list[Row]], machine: dict[str, Any], path: Path
+) -> None:
+    """Draw time over T, both logarithmic: a panel per shape, a line per sort of contestant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(series), figsize=(5 * len(series), 4.2), squeeze=False, layout="constrained"
+    )
+    for axis, (shape, rows) in zip(axes[0], series.items(), strict=True):
+        for sort, found in quickest_by_length(rows).items():
+            lengths = sorted(found)
+            names = sorted({found[length]["contestant"] for length in lengths})
+            axis.plot(
+                lengths, [found[length]["p50_ms"] for length in lengths], marker="o",
+                color=COLOURS[sort.split(",")[0]], linestyle="--" if "," in sort else "-",
+                label=" or ".join(names),
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="T, items of a history", ylabel="ms (p50)")
+        axis.set_title(shape, fontsize=9, loc="left")
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{op} on {machine['device']}", fontsize=11)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@
 //   p_ct = exp(s_ct - m_c) = exp(bias_t - max) prod_f exp(S_f[row_f(t)][c] - max_f)
 //   out_c = sum_f sum_r P_f[r][c] V_f[r] / Z_c,   P_f[r][c] = sum of p_ct over items with row r
 //
-// where m is a bound of the greatest logit, not that logit. If all terms are far below it, so that
-// float32 would lose some that count (Z < T 2^-100), the columns are done again with the greatest
-// logit itself and an exponential per item (`exact`).
+// where m is a bound of the greatest logit, not that logit. Where all terms are so far below it
+// that float32 might lose some above about 2^-80 of the rest (Z < T 2^-60, before the terms are
+// raised by 2^64 to leave room below), the columns are done again with the greatest logit itself
+// and an exponential per item (`exact`).
 //
 // The gradient has the same shape. With D_ct = sum_f G_f[row_f(t)][c], G_f = <grad_c, V_f[r]>, and
 // Q_f[r] the sums of p D, and d = sum p D / Z:

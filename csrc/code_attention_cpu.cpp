@@ -183,10 +183,37 @@ void fold_copies(float* rows, int64_t copies, int64_t size) {
   }
 }
 
+// Sums over the rows of the first field, which every item has one of; runs of rows by themselves.
+struct Totals {
+  const CodeRows& all;
+  const float* sums;
+  int64_t size;
+  float* totals;
+
+  template <int N, int V>
+  void run() const {
+    constexpr int64_t kRun = 16;
+    for (int64_t w = 0; w < size; w += N) {
+      typename Lanes<N>::V sum{};
+      for (int64_t i = 0; i < all.ends[1]; i += kRun) {
+        typename Lanes<N>::V part{};
+        for (int64_t r = i; r < least(i + kRun, all.ends[1]); ++r)
+          part += read<N>(sums + all.distinct[r].slot * size + w);
+        sum += part;
+      }
+      write<N>(totals + w, sum);
+    }
+  }
+};
+
 void gather_row(const void* table, TableType type, int64_t row, int64_t heads, int64_t dim,
                 int64_t padded, float* out) {
   const auto* floats = static_cast<const float*>(table) + row * heads * dim;
   const auto* halves = static_cast<const uint16_t*>(table) + row * heads * dim;
+  if (type == TableType::f32 && dim == padded) {  // padded to whole vectors
+    for (int64_t d = 0; d < heads * dim; d += kLanes) store(out + d, load(floats + d));
+    return;
+  }
   for (int64_t h = 0; h < heads; ++h, out += padded, floats += dim, halves += dim) {
     if (type == TableType::f32)
       for (int64_t d = 0; d < dim; ++d) out[d] = floats[d];
@@ -258,19 +285,11 @@ void code_greatest(const CodeBlock& block, int64_t begin, int64_t end, float* pe
 }
 
 void code_fold(const CodeBlock& block, float* sums, float* totals) {
-  constexpr int64_t kRun = 16;
   const int64_t size = block.parts * block.shape.width();
   const CodeRows& all = *block.rows;
   for (int64_t i = 0; i < all.ends[all.fields]; ++i)
     fold_copies(sums + all.distinct[i].slot * size, all.distinct[i].copies, size);
-  for (int64_t w = 0; w < size; ++w) totals[w] = 0.0f;
-  for (int64_t i = 0; i < all.ends[1]; i += kRun)
-    for (int64_t w = 0; w < size; ++w) {
-      float sum = 0.0f;
-      for (int64_t r = i; r < least(i + kRun, all.ends[1]); ++r)
-        sum += sums[all.distinct[r].slot * size + w];
-      totals[w] += sum;
-    }
+  shaped(block.shape, Totals{all, sums, size, totals});
 }
 
 namespace {

@@ -5,31 +5,15 @@
 #include <cmath>
 #include <memory>
 
+#include "buffers_torch.h"
 #include "code_attention.h"
 #include "code_fields_torch.h"
 
 namespace livrec {
 
 constexpr int64_t kFewUsers = 8;         // below it, long histories are read by several threads
+constexpr float kHeadroom = 64.0f;       // powers of two
 constexpr int64_t kHistoryChunk = 2048;  // items at a time, then: whatever the number of threads
-
-// Memory that grows to what is needed, and stays.
-class Buffer {
- public:
-  float* of(int64_t count) {
-    if (count > count_) scratch_ = std::make_unique<Scratch>((count_ = count) * 4);
-    return static_cast<float*>(scratch_->data());
-  }
-  float* zeros(int64_t count) {
-    float* data = of(count);
-    std::fill_n(data, count, 0.0f);
-    return data;
-  }
-
- private:
-  int64_t count_ = -1;
-  std::unique_ptr<Scratch> scratch_;
-};
 
 // The arguments of a call, checked, and as the kernels read them.
 struct CodeCall {
@@ -145,6 +129,9 @@ class CodePass {
     LIVREC_CALL(code_products, block, 0, keys, q, padded, call_.scale, nullptr, field_peaks, lanes);
     if (parts_ == 2)
       LIVREC_CALL(code_products, block, 1, values, grad, value_padded, 1.0f, less, nullptr, lanes);
+    // Terms are kept 2^64 times as large as they are: small ones stay above float32's least.
+    const float shift = kHeadroom * 0.6931472f / static_cast<float>(rows_.fields);
+    for (int64_t i = 0; i < rows_.fields * width; ++i) field_peaks[i] -= shift;
     LIVREC_CALL(code_exponentials, block, field_peaks);
     for (int64_t w = 0; w < width; ++w) {
       double peak = bias_ ? shifts_[static_cast<size_t>(bias_head(first + w))] : 0.0;
@@ -152,7 +139,7 @@ class CodePass {
       block.peaks[w] = static_cast<float>(peak);
     }
     scan();
-    const float least = static_cast<float>(rows_.items) * 0x1p-100f;
+    const float least = static_cast<float>(rows_.items) * 0x1p4f;  // of 2^kHeadroom
     for (int64_t w = 0; w < std::min(width, columns_ - first); ++w)
       if (!(totals[w] >= least)) return run_exactly(lanes);
   }

@@ -121,6 +121,7 @@ class HistoryRows {
     counts_.assign(static_cast<size_t>(limit), 0);
     uint32_t* counts = counts_.data();
     for (int64_t i = 0; i < items_; ++i) ++counts[number_of(i)];
+    distinct_.reserve(distinct_.size() + static_cast<size_t>(std::min(limit, items_)));
     first_.resize(static_cast<size_t>(limit));
     last_.resize(static_cast<size_t>(limit));
     bool turns = false;

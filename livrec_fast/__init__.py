@@ -26,6 +26,7 @@ from .ops.target_attention import target_attention
 
 if TYPE_CHECKING:
     from .modules import (
+        CodeTargetAttention,
         PairedPrefixNgramEmbedding,
         PrefixNgramEmbedding,
         ResidualKMeans,
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
         RowAdagrad,
         RowSGD,
         RowwiseAdagrad,
+        gap_bucket,
         shard_rows,
     )
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "CodeTargetAttention",
     "KMeansStep",
     "PairedPrefixNgramEmbedding",
     "PrefixNgramEmbedding",
@@ -51,6 +54,7 @@ __all__ = [
     "code_attention",
     "code_attention_gradient",
     "explain",
+    "gap_bucket",
     "history_search",
     "history_search_codes",
     "in_batch_contrastive",

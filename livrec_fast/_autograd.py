@@ -108,6 +108,19 @@ def _unshared(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tenso
     return kept
 
 
+class _Once(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{ctx.name} can be differentiated once: its gradient has no gradient")
+
+
 def register_gradient(
     library: torch.library.Library,
     name: str,
@@ -137,15 +150,17 @@ def register_gradient(
         given = zip(tensors_of(args), needs, strict=True)
         return [tensor.new_empty(tensor.shape) for tensor, need in given if need]
 
-    def refuse_twice(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{name} can be differentiated once: its gradient has no gradient")
-
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
         args = with_tensors(ctx.args, tensors)
         needs = _per_tensor(ctx.args, ctx.needs_input_grad)
         operator = getattr(getattr(torch.ops.livrec, f"{name}_backward"), backend)
-        found = iter(operator(list(grads), *args, list(tensors), needs))
+        results = list(tensors)
+        with torch.no_grad():
+            found = operator(list(grads), *args, results, needs)
+        if torch.is_grad_enabled():  # somebody means to differentiate the gradient
+            found = _Once.apply(name, len(found), *found, *tensors_of([*grads, *args]))
+        found = iter(found)
         filled = with_tensors(ctx.args, [next(found) if need else None for need in needs])
         return tuple(  # torch takes an empty list for one of tensors, and wants it back
             grad if tensors_of([arg]) else [] if isinstance(arg, list) and not arg else None
@@ -153,12 +168,6 @@ def register_gradient(
         )
 
     torch.library.register_fake(f"livrec::{qualified}", fake, lib=library)
-    torch.library.register_autograd(
-        f"livrec::{qualified}",
-        refuse_twice,
-        setup_context=lambda *args, **kwargs: None,
-        lib=library,
-    )
     torch.library.register_autograd(
         f"livrec::{name}.{backend}", gradient, setup_context=_save, lib=library
     )

@@ -8,6 +8,19 @@ import torch
 from livrec_fast import kmeans_step, residual_kmeans_details, residual_kmeans_encode
 from livrec_fast.reference import kmeans_step as step
 from livrec_fast.reference.residual_kmeans import agree, agree_on_details
+from livrec_fast.testing import check_forward, inputs_for, subjects
+
+
+def attend() -> None:
+    """Attend, differentiate it, and search, in every corner of the contract."""
+    names = ("code_attention", "code_attention_gradient", "history_search", "history_search_codes")
+    for name in names:
+        subject = subjects()[name]
+        for case in subject.oracle.cases:
+            for dtype in subject.oracle.dtypes:
+                inputs = inputs_for(subject.oracle, case, dtype, device="cuda")
+                check_forward(subject, "triton", inputs)
+        print(f"{name}: right", flush=True)
 
 
 def main() -> None:
@@ -29,6 +42,7 @@ def main() -> None:
             given = {"x": x, "codebook": books[1], "quanta": quanta}
             step.agree(tuple(output.cpu() for output in done), given)
             print(f"D = {dim}, {dtype}: right", flush=True)
+    attend()
 
 
 if __name__ == "__main__":

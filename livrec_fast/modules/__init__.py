@@ -1,12 +1,15 @@
 """Modules over the ops: what a model is built from."""
 
+from ._code_items import gap_bucket
 from ._row_optimizers import RowAdagrad, RowSGD, RowwiseAdagrad
 from ._sharded import shard_rows
+from .code_target_attention import CodeTargetAttention
 from .prefix_ngram import PairedPrefixNgramEmbedding, PrefixNgramEmbedding
 from .residual_kmeans import ResidualKMeans
 from .room_votes import RoomVotes
 
 __all__ = [
+    "CodeTargetAttention",
     "PairedPrefixNgramEmbedding",
     "PrefixNgramEmbedding",
     "ResidualKMeans",
@@ -14,5 +17,6 @@ __all__ = [
     "RowAdagrad",
     "RowSGD",
     "RowwiseAdagrad",
+    "gap_bucket",
     "shard_rows",
 ]

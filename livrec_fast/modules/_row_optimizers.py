@@ -115,4 +115,3 @@ class RowwiseAdagrad(RowOptimizer):
 
 
 OPTIMIZERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowwiseAdagrad)}
-

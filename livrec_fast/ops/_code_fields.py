@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_levels, check_one_dtype, check_tensor, named_items
-from .._dispatch import refuse_native
+from .._dispatch import refuse_native, refuse_triton
 from ._prefix import check_arguments
 
 
@@ -24,8 +24,23 @@ class Fields(NamedTuple):
 def refuse_wide(q: Tensor, *rest: object) -> str | None:
     """Say why the C++ kernels cannot take these queries, or None."""
     if q.dtype == torch.float64:
-        return "computes in float32; q is float64"
+        return "computes in float32; queries are float64"
     return refuse_native(q)
+
+
+def refuse_tiles(
+    q: Tensor, codes: Tensor, key_tables: Sequence[Tensor], value_tables: Sequence[Tensor],
+    *rest: object,
+) -> str | None:  # fmt: skip
+    """Say why the Triton kernels cannot take these queries and tables, or None."""
+    if q.dtype == torch.float64:
+        return "computes in float32; queries are float64"
+    if len(key_tables) > 8:
+        return "takes each table as an argument: at most 8 fields"
+    most = 128 if q.dtype == torch.float32 else 256
+    if q.shape[3] > most or value_tables[0].shape[2] > most:
+        return "keeps rows in registers: d and dv at most 128 in float32, 256 in 16 bits"
+    return refuse_triton(q)
 
 
 def check_fields(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .._checks import check_same
 from .._dispatch import Backend, Op
 from ..reference import code_attention as reference
 from . import _attention
-from ._code_fields import check_fields, refuse_wide
+from ._code_fields import check_fields, refuse_tiles, refuse_wide
 from ._prefix import check_contents
 from .code_attention_gradient import gradient
 
@@ -29,13 +30,13 @@ def _check_values(
 def _backward(
     grads: Sequence[Tensor | None], q: Tensor, codes: Tensor, key_tables: Sequence[Tensor],
     value_tables: Sequence[Tensor], offsets: Tensor, bias: Tensor | None, *rest: Any,
-    outputs: Sequence[Tensor], needs: Sequence[bool],
+    outputs: Sequence[Tensor], needs: Sequence[bool], backend: str = "native",
 ) -> list[Tensor]:  # fmt: skip
     """Return the dense gradients that are wanted, of q, the tables and the bias."""
     out, lse = outputs
     grad = torch.zeros_like(out) if grads[0] is None else grads[0]
     given = (q, codes, key_tables, value_tables, offsets, bias, *rest)
-    found = gradient(grad, grads[1], *given, out, lse, backend="native")
+    found = gradient(grad, grads[1], *given, out, lse, backend=backend)
     tables = [*key_tables, *value_tables]
     sums = [*zip(found[2::3], found[3::3], strict=True)]
     sums += zip(found[2::3], found[4::3], strict=True)
@@ -51,6 +52,12 @@ def _dense(rows: Tensor, sums: Tensor, table: Tensor) -> Tensor:
     return made.index_copy_(0, rows, sums.to(table.dtype))
 
 
+def _triton(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import code_attention
+
+    return code_attention.code_attention(q, *rest)
+
+
 _op = Op(
     "code_attention",
     "(Tensor q, Tensor codes, Tensor[] key_tables, Tensor[] value_tables, Tensor offsets, "
@@ -61,7 +68,10 @@ _op = Op(
     ),
     reference=reference.code_attention,
     check_values=_check_values,
-    backends=(Backend("native", refuse_wide, backward=_backward),),
+    backends=(
+        Backend("native", refuse_wide, backward=_backward),
+        Backend("triton", refuse_tiles, _triton, partial(_backward, backend="triton")),
+    ),
     autocast=("q", "key_tables", "value_tables"),
 )
 
@@ -160,7 +170,7 @@ def code_attention(
         packed: codes are uint8 [T, ceil(bits / 8)] of `pack_codes`.
         sparse: gradients of the tables are coalesced sparse COO tensors of the rows that were read,
             not dense ones. In eager mode only.
-        backend: "auto" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         out [B, C, H, dv] in q's dtype, or (out, lse) with lse [B, C, H] in natural logarithm,
@@ -173,9 +183,18 @@ def code_attention(
     target_attention; gradients of tables are summed in float32 (float64 for float64) and rounded
     once; sparse ones are those of `code_attention_gradient`. Autocast casts q and the tables, not
     the bias. The same inputs give the same bits on every run; the reference uses torch's matrix
-    products, whose bits may change with the number of threads. Workspace of the reference: the keys
-    and values in full, F times as much in float32, a float32 copy of the tables, and F int64 per
-    row, besides that of target_attention.
+    products, whose bits may change with the number of threads. On a CPU keys and values are never
+    built nor rounded: a softmax term is a product of exponentials taken per table row, or where
+    these would lose terms above about 2^-80 of the rest, the exponential of an item's own logit
+    (csrc/code_attention.h); terms below 2^-126 of the greatest count as 0. Workspace on a CPU, per
+    thread, of the rows n that a user's history names in all fields: 4 n (H (d + dv) + 128) bytes
+    and 4 F per item of the history; with fewer than 8 users 512 n per 2,048 items more. Of the
+    reference: the keys and values in full, F times as much in float32, a float32 copy of the
+    tables, and F int64 per row, besides that of target_attention. On a GPU: 4 F bytes per row, and
+    4 H C (dv + 2) bytes for each user and each 256 rows, or more of them where there are many; a
+    code out of range counts as unknown, and the host does not wait. Triton takes at most 8 fields,
+    and d and dv up to 128 in float32 and 256 in 16 bits; float32 is multiplied as three TF32
+    products.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no table, a wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .._dispatch import Backend, Op
 from ..reference import code_attention_gradient as reference
 from ..reference._formula import wide_dtype
 from . import _attention
-from ._code_fields import check_fields, refuse_wide
+from ._code_fields import check_fields, refuse_tiles, refuse_wide
 from ._prefix import check_contents
 
 
@@ -41,6 +42,16 @@ def _refuse_native(grad: Tensor, grad_lse: Tensor | None, q: Tensor, *rest: obje
     return refuse_wide(q)
 
 
+def _refuse_triton(grad: Tensor, grad_lse: Tensor | None, *rest: Any) -> str | None:
+    return refuse_tiles(*rest)
+
+
+def _triton(grad: Tensor, *rest: Any) -> list[Tensor]:
+    from ..kernels import code_attention_gradient
+
+    return code_attention_gradient.code_attention_gradient(grad, *rest)
+
+
 gradient = Op(
     "code_attention_gradient",
     "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor codes, Tensor[] key_tables, "
@@ -49,7 +60,7 @@ gradient = Op(
     fake=_fake,
     reference=reference.code_attention_gradient,
     check_values=_check_values,
-    backends=(Backend("native", _refuse_native),),
+    backends=(Backend("native", _refuse_native), Backend("triton", _refuse_triton, _triton)),
     differentiable=False,
 )
 
@@ -108,7 +119,7 @@ def code_attention_gradient(
         groups: as for the attention.
         hashing: as for the attention.
         packed: as for the attention.
-        backend: "auto" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         [grad_q, grad_bias, rows_1, key_sums_1, value_sums_1, rows_2, ...]: grad_q in q's dtype;
@@ -121,10 +132,15 @@ def code_attention_gradient(
     rounded to q's dtype, as the attention rounds them; all else is float32 (float64 for float64),
     and nothing is rounded before it is summed. Autocast leaves all tensors as they are. The same
     inputs give the same bits on every run; the reference uses torch's matrix products, whose bits
-    may change with the number of threads. Not differentiable. Workspace of the reference: keys,
+    may change with the number of threads. Not differentiable. On a CPU keys and values are not
+    rounded, and out only shifts sums. Workspace on a CPU: twice that of the attention, and the sums
+    of each field for each of 16 groups of users, those of tables past 4 MB for the rows alone that
+    their histories name. Of the reference: keys,
     values and their gradients in full, the keys and values F times more in float32, a float32 copy
-    of the tables, and four arrays of C x H x the longest history. The numbers of rows depend on the
-    codes: on a GPU the host waits for them.
+    of the tables, and four arrays of C x H x the longest history. Of Triton:
+    4 H (d + dv + 1) bytes per row of codes, that of the attention with 2 d + 3 for dv + 2, and a
+    sort of each field's rows. The numbers of rows depend on the codes: on a GPU the host waits for
+    them.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, level, choice, offset

@@ -8,22 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import (
-    FLOATS,
-    check_finite,
-    check_offsets,
-    check_same,
-    check_tensor,
-    named_items,
-)
-from .._dispatch import Op
+from .._checks import FLOATS, check_finite, check_offsets, check_same, check_tensor
+from .._dispatch import Backend, Op
 from ..reference import history_search as reference
 from ..reference._formula import wide_dtype
-from . import _search_mask
-from ._code_fields import check_rows
+from . import _search_gradients, _search_mask
+from ._code_fields import check_rows, refuse_wide
 from ._prefix import check_contents
-
-_MOST = 2**31 - 1
 
 
 def _fake(query: Tensor, rows: object, offsets: Tensor, k: int, *rest: object) -> Any:
@@ -48,6 +39,18 @@ def _check_code_values(
         check_finite(f"tables[{field}]", table)
 
 
+def _triton(query: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import history_search
+
+    return history_search.history_search(query, keys, *rest)
+
+
+def _triton_codes(query: Tensor, codes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import history_search
+
+    return history_search.history_search_codes(query, codes, *rest)
+
+
 _dense = Op(
     "history_search",
     f"(Tensor query, Tensor keys, Tensor offsets, int k, {_search_mask.SCHEMA}) "
@@ -55,6 +58,10 @@ _dense = Op(
     fake=_fake,
     reference=reference.history_search,
     check_values=_check_values,
+    backends=(
+        Backend("native", refuse_wide, backward=_search_gradients.dense),
+        Backend("triton", _search_mask.refuse_lists, _triton, _search_gradients.dense),
+    ),
 )
 
 _codes = Op(
@@ -65,6 +72,12 @@ _codes = Op(
     fake=lambda query, codes, tables, *rest: _fake(query, codes, *rest),
     reference=reference.history_search_codes,
     check_values=_check_code_values,
+    backends=(
+        Backend("native", refuse_wide, backward=_search_gradients.codes),
+        Backend(
+            "triton", _search_mask.refuse_code_lists, _triton_codes, _search_gradients.triton_codes
+        ),
+    ),
 )
 
 
@@ -113,7 +126,7 @@ def history_search(
             since <= time < until are found. Times are in any unit and need not be in order.
         since: None, an int, or [B, C] of any integer dtype.
         until: None, an int, or [B, C] of any integer dtype.
-        backend: "auto" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         (scores, positions), both [B, C, k], best first: scores in float32 (float64 for float64);
@@ -131,8 +144,11 @@ def history_search(
     half that at most. Scores past float32 mean nothing, though positions stay in range. Autocast
     leaves the inputs as they are. The same inputs give the same bits on every run and for any
     number of threads. Workspace: 8 B C bytes for each query_ids, required_bits, since or until that
-    is not int64 [B, C]. Of the reference: float32 copies of query and keys, one array of C x D x
-    the longest history, and a few of C x that history; its gradient, of C x D x T.
+    is not int64 [B, C]. On a CPU, per thread: 40 C min(k, T) bytes. On a GPU: 8 C k bytes for each
+    of B + T / 1,024 pieces; offsets are cut off at T, what is not finite means nothing, and the
+    host does not wait. Triton takes k up to 1,024. Of the reference: float32 copies of query and
+    keys, one array of C x D x the longest history, and a few of C x that history; its gradient, of
+    C x D x T.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, k < 1, offsets that
@@ -150,7 +166,7 @@ def history_search(
         ...     query, keys, offsets, 100, item_ids=author_of_item, query_ids=author_of_candidate
         ... )
     """
-    _check_query(query, offsets, k)
+    _search_mask.check_query(query, offsets, k)
     check_tensor("keys", keys, ("T", query.shape[2]), FLOATS)
     check_same("dtype", query=query, keys=keys)
     check_same("device", query=query, keys=keys, offsets=offsets)
@@ -220,7 +236,7 @@ def history_search_codes(
         groups: how many fields each code has; None: every field by itself, unless prefix is set.
         hashing: "modulo", "murmur3" or "order_preserving", where a table has too few rows.
         packed: codes are uint8 [T, ceil(bits / 8)] of `pack_codes`.
-        backend: "auto" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         (scores, positions), both [B, C, k], as history_search.
@@ -232,13 +248,17 @@ def history_search_codes(
     of 0.
 
     Numerics: float16 and bfloat16 are widened to float32. The score is the sum, field by field, of
-    query's products with the tables, so that keys are never built nor rounded; it is off by at most
-    (D + F + 1) eps |query| sum_f |E_f[r_f]|, eps = 2^-23, and the items found are float64's
-    wherever the gap to the k-th best exceeds twice that. Autocast leaves the inputs as they are.
+    query's products with the tables, or with Triton the product with their rows' sum in float32;
+    keys are never kept nor rounded further. It is off by at most (D + F + 1) eps |query| sum_f
+    |E_f[r_f]|, eps = 2^-23, and the items found are float64's wherever the gap to the k-th best
+    exceeds twice that. Autocast leaves the inputs as they are.
     The same inputs give the same bits on every run; the reference uses torch's matrix products,
     whose bits may change with the number of threads. Workspace: 8 B C bytes for each query_ids,
-    required_bits, since or until that is not int64 [B, C]. Of the reference: float32 copies of
-    query and tables, F int64 per item, arrays of C x sum R_f and of C x F x the longest history.
+    required_bits, since or until that is not int64 [B, C]. On a CPU: that of history_search, and
+    4 n (D + 64) bytes per thread for the n rows that a history names. On a GPU: that of
+    history_search, whose limits hold, and 4 F bytes per item; a code out of range is unknown, and
+    Triton takes at most 8 fields. Of the reference: float32 copies of query and tables, F int64 per
+    item, arrays of C x sum R_f and of C x F x the longest history.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, k < 1, no table, a
@@ -253,8 +273,8 @@ def history_search_codes(
     Example:
         >>> scores, positions = history_search_codes(query, codes, tables, offsets, 100)
     """
-    _check_query(query, offsets, k)
-    named = _check_tables(tables, query.shape[2])
+    _search_mask.check_query(query, offsets, k)
+    named = _search_mask.check_tables(tables, query.shape[2])
     found = list(named.values())
     rows = check_rows(codes, found, levels, prefix, groups, hashing, packed)
     check_same("dtype", query=query, **named)
@@ -271,24 +291,3 @@ def history_search_codes(
         until,
     )
     return _codes(query, codes, found, offsets, k, *masks, *rows, backend=backend)
-
-
-def _check_query(query: Any, offsets: Any, k: Any) -> None:
-    check_tensor("query", query, ("B", "C", "D"), FLOATS)
-    if query.shape[2] < 1:
-        raise ValueError(f"query: D must be at least 1, got shape {list(query.shape)}")
-    check_tensor("offsets", offsets, (query.shape[0] + 1,), (torch.int64,))
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: must be an int, got {type(k).__name__}")
-    if not 1 <= k <= _MOST:
-        raise ValueError(f"k: must be 1 to {_MOST:,}, got {k:,}")
-
-
-def _check_tables(tables: Any, dim: int) -> dict[str, Tensor]:
-    """Check the tables and return them by name."""
-    named = named_items("tables", tables)
-    for name, table in named.items():
-        check_tensor(name, table, ("N", dim), FLOATS)
-        if table.shape[0] < 1:
-            raise ValueError(f"{name}: needs at least one row, got shape {list(table.shape)}")
-    return named

@@ -1,0 +1,35 @@
+// Search of a user's own history: scores of items, a block of candidates at a time.
+//
+//   dense:  score_ct = <query_c, key_t>               codes:  score_ct = sum_f S_f[row_f(t)][c]
+//
+// with S_f the products of the queries with the rows of table f that occur (code_attention.h).
+// Every score is a sum in one fixed order, so that equal items have equal scores whatever their
+// place. The scores of a few items are held at a time; those among the best so far are kept (TopK
+// in history_search_torch.cpp).
+#pragma once
+
+#include "code_attention.h"
+
+namespace livrec {
+
+constexpr int64_t kSearchBlock = 64;  // items whose scores are held at a time
+
+struct SearchKeys {
+  const void* keys;  // [items, dim], unit stride
+  TableType type;
+  int64_t stride, dim;
+};
+
+// Queries [candidates, dim], float32, as the lanes of a block of candidates from `first` on:
+// [vectors, dim, lanes], zeros past the last.
+LIVREC_DECLARE(void, search_lanes,
+               (const CodeShape& shape, const float* query, int64_t candidates, int64_t dim,
+                int64_t first, float* lanes))
+// scores [end - begin, width] of items [begin, end). scratch [8 dim].
+LIVREC_DECLARE(void, search_dense,
+               (const CodeShape& shape, const SearchKeys& keys, const float* lanes, int64_t begin,
+                int64_t end, float* scratch, float* scores))
+LIVREC_DECLARE(void, search_codes,
+               (const CodeBlock& block, int64_t begin, int64_t end, float* scores))
+
+}  // namespace livrec

@@ -1,0 +1,103 @@
+#include "history_search.h"
+
+#include "code_blocks.h"
+#include "halves.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+constexpr int kRows = 8;  // items multiplied at once
+
+// Products of kCount rows with a vector of candidates.
+template <int N, int kCount>
+LIVREC_INLINE void multiply(const float* const* rows, const float* lanes, int64_t dim, float* out,
+                            int64_t width) {
+  typename Lanes<N>::V sums[kCount];
+  for (int r = 0; r < kCount; ++r) sums[r] = typename Lanes<N>::V{};
+  for (int64_t d = 0; d < dim; ++d) {
+    const auto column = read<N>(lanes + d * N);
+    for (int r = 0; r < kCount; ++r) sums[r] += rows[r][d] * column;
+  }
+  for (int r = 0; r < kCount; ++r) write<N>(out + r * width, sums[r]);
+}
+
+// Row `item` in float32: as it lies, or in `space`.
+const float* row_of(const SearchKeys& keys, int64_t item, float* space) {
+  const auto* floats = static_cast<const float*>(keys.keys) + item * keys.stride;
+  const auto* halves = static_cast<const uint16_t*>(keys.keys) + item * keys.stride;
+  if (keys.type == TableType::f32) return floats;
+  if (keys.type == TableType::f16)
+    for (int64_t d = 0; d < keys.dim; ++d) space[d] = float_of_f16(halves[d]);
+  else
+    for (int64_t d = 0; d < keys.dim; ++d) space[d] = float_of_bf16(halves[d]);
+  return space;
+}
+
+struct Dense {
+  const SearchKeys& keys;
+  const float* lanes;
+  int64_t begin, end;
+  float *scratch, *scores;
+
+  template <int N, int V>
+  void run() const {
+    const float* rows[kRows];
+    const int64_t size = keys.type == TableType::f32 ? 4 : 2;
+    for (int64_t item = begin; item < end; item += kRows) {
+      const int64_t some = least(kRows, end - item);
+      for (int64_t r = 0; r < some; ++r) rows[r] = row_of(keys, item + r, scratch + r * keys.dim);
+      fetch(static_cast<const char*>(keys.keys) + (item + 2 * kRows) * keys.stride * size,
+            item + 3 * kRows <= end ? kRows * keys.stride * size : 0);
+      float* out = scores + (item - begin) * (N * V);
+      for (int v = 0; v < V; ++v) {
+        const float* own = lanes + v * keys.dim * N;
+        if (some == kRows)
+          multiply<N, kRows>(rows, own, keys.dim, out + v * N, N * V);
+        else
+          for (int64_t r = 0; r < some; ++r)
+            multiply<N, 1>(rows + r, own, keys.dim, out + r * (N * V) + v * N, N * V);
+      }
+    }
+  }
+};
+
+struct FromCodes {
+  const CodeBlock& block;
+  int64_t begin, end;
+  float* scores;
+
+  template <int N, int V>
+  void run() const {
+    const Terms<N, V, 0, true, 1> terms(block);
+    typename Lanes<N>::V sums[V];
+    for (int64_t item = begin; item < end; ++item) {
+      terms.combine(item, sums);
+      for (int v = 0; v < V; ++v) write<N>(scores + (item - begin) * (N * V) + v * N, sums[v]);
+    }
+  }
+};
+
+}  // namespace
+
+void search_lanes(const CodeShape& shape, const float* query, int64_t candidates, int64_t dim,
+                  int64_t first, float* lanes) {
+  for (int64_t w = 0; w < shape.width(); ++w) {
+    float* to = lanes + w / shape.lanes * dim * shape.lanes + w % shape.lanes;
+    const bool inside = first + w < candidates;
+    for (int64_t d = 0; d < dim; ++d)
+      to[d * shape.lanes] = inside ? query[(first + w) * dim + d] : 0.0f;
+  }
+}
+
+void search_dense(const CodeShape& shape, const SearchKeys& keys, const float* lanes, int64_t begin,
+                  int64_t end, float* scratch, float* scores) {
+  shaped(shape, Dense{keys, lanes, begin, end, scratch, scores});
+}
+
+void search_codes(const CodeBlock& block, int64_t begin, int64_t end, float* scores) {
+  shaped(block.shape, FromCodes{block, begin, end, scores});
+}
+
+}  // namespace LIVREC_ISA
+}  // namespace livrec
