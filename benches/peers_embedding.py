@@ -54,7 +54,7 @@ def copy(width: int) -> Contestant:
         out = torch.empty_like(source)
         return lambda: out.copy_(source)
 
-    return Contestant("copy of the output (floor)", prepare)
+    return Contestant("copy of the output", prepare, "floor")
 
 
 def row_adagrad(table: Tensor, state: Tensor, rows: Tensor, grad: Tensor, rate: float) -> None:

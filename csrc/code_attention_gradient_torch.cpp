@@ -117,9 +117,10 @@ class Gradient {
     FirstBad first_bad;
     each_user(count, [&](int64_t begin, int64_t end) {
       CodePass pass(call_, 2);
+      Space space;
       for (int64_t g = begin; g < end; ++g)
         for (int64_t user = call_.users * g / count; user < call_.users * (g + 1) / count; ++user)
-          add(pass, user, groups_[static_cast<size_t>(g)], first_bad);
+          add(pass, space, user, groups_[static_cast<size_t>(g)], first_bad);
     });
     check_codes(first_bad);
     std::vector<Tensor> found{grad_q_, grad_bias_};
@@ -128,24 +129,30 @@ class Gradient {
   }
 
  private:
-  void add(CodePass& pass, int64_t user, std::vector<FieldSums>& sums, FirstBad& first_bad) {
+  // Memory of one thread, user after user.
+  struct Space {
+    Buffer grad, out, queries, keys, values, lines;
+    HistoryRows history;
+  };
+
+  void add(CodePass& pass, Space& space, int64_t user, std::vector<FieldSums>& sums,
+           FirstBad& first_bad) {
     const auto element = static_cast<int64_t>(grad_q_.element_size());
     char* own =
         static_cast<char*>(grad_q_.mutable_data_ptr()) + user * columns_ * call_.dim * element;
     if (!pass.begin(user, first_bad)) {
       std::fill_n(own, columns_ * call_.dim * element, 0);
-      return name_rows(pass, user, sums, first_bad);
+      return name_rows(space.history, user, sums, first_bad);
     }
-    Buffer grad_buffer, out_buffer, query_buffer, key_buffer, value_buffer, line_buffer;
     const float* grad =
-        pass.widened(grad_buffer, call_.of_user(grad_, user), call_.value_dim, pass.value_padded);
+        pass.widened(space.grad, call_.of_user(grad_, user), call_.value_dim, pass.value_padded);
     const float* out =
-        pass.widened(out_buffer, call_.of_user(out_, user), call_.value_dim, pass.value_padded);
+        pass.widened(space.out, call_.of_user(out_, user), call_.value_dim, pass.value_padded);
     const int64_t distinct = pass.rows().ends[pass.rows().fields];
-    float* queries = query_buffer.zeros(columns_ * pass.padded);
-    float* keys = key_buffer.zeros(distinct * call_.heads * pass.padded);
-    float* values = value_buffer.zeros(distinct * call_.heads * pass.value_padded);
-    float* lines = line_buffer.of(4 * pass.width());
+    float* queries = space.queries.zeros(columns_ * pass.padded);
+    float* keys = space.keys.zeros(distinct * call_.heads * pass.padded);
+    float* values = space.values.zeros(distinct * call_.heads * pass.value_padded);
+    float* lines = space.lines.of(4 * pass.width());
     float *less = lines, *inverse = less + pass.width(), *mean = inverse + pass.width(),
           *scale = mean + pass.width();
     std::fill_n(scale, pass.width(), call_.scale);
@@ -172,10 +179,10 @@ class Gradient {
   }
 
   // Without candidates nothing is added, but the rows of the history are named all the same.
-  void name_rows(CodePass& pass, int64_t user, std::vector<FieldSums>& sums, FirstBad& first_bad) {
+  void name_rows(HistoryRows& history, int64_t user, std::vector<FieldSums>& sums,
+                 FirstBad& first_bad) {
     const int64_t from = call_.offsets->data[user], to = call_.offsets->data[user + 1];
     if (from == to) return;
-    HistoryRows history;
     history.read(call_.codes, from, to, first_bad);
     const CodeRows rows = history.rows();
     for (int64_t f = 0; f < rows.fields; ++f)
@@ -190,8 +197,7 @@ class Gradient {
     for (int64_t w = 0; w < pass.width(); ++w) {
       less[w] = 0.0f;
       if (first + w >= columns_) continue;
-      const int64_t head = (first + w) / call_.candidates, c = (first + w) % call_.candidates;
-      const int64_t at = (c * call_.heads + head) * pass.value_padded;
+      const int64_t at = pass.place_of(first + w) * pass.value_padded;
       float sum = 0.0f;
       for (int64_t d = 0; d < call_.value_dim; ++d) sum += grad[at + d] * out[at + d];
       if (std::isfinite(sum)) less[w] = sum;
@@ -205,10 +211,9 @@ class Gradient {
       const float total = pass.totals[w];
       inverse[w] = mean[w] = 0.0f;
       if (total == 0.0f || first + w >= columns_) continue;  // nothing is left of this history
-      const int64_t head = (first + w) / call_.candidates, c = (first + w) % call_.candidates;
       inverse[w] = 1.0f / total;
       mean[w] = pass.totals[pass.width() + w] * inverse[w];
-      if (own_lse) mean[w] -= own_lse[c * call_.heads + head];
+      if (own_lse) mean[w] -= own_lse[pass.place_of(first + w)];
     }
   }
 

@@ -41,8 +41,7 @@ std::tuple<Tensor, Tensor> code_attention(const Tensor& q, const Tensor& codes,
           const float total = pass.totals[w];
           inverse[w] = total == 0.0f ? 0.0f : 1.0f / total;
           if (first + w >= columns) continue;
-          const int64_t head = (first + w) / call.candidates, c = (first + w) % call.candidates;
-          own_lse[c * call.heads + head] =
+          own_lse[pass.place_of(first + w)] =
               total == 0.0f ? -INFINITY : pass.block.peaks[w] + std::log(total);
         }
         LIVREC_CALL(code_columns, pass.block, pass.sums, pass.values, pass.value_padded, inverse,

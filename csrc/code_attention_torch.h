@@ -104,9 +104,7 @@ class CodePass {
     return true;
   }
 
-  int64_t columns() const { return columns_; }
   int64_t width() const { return shape_.width(); }
-  int64_t items() const { return rows_.items; }
   const CodeRows& rows() const { return rows_; }
 
   float* widened(Buffer& buffer, const void* x, int64_t dim, int64_t padded_dim) const {
@@ -119,10 +117,9 @@ class CodePass {
   // [width] where there are two parts.
   void run(int64_t first, const float* grad, const float* less) {
     const int64_t width = shape_.width(), size = rows_.slot_count * parts_ * width;
-    block = CodeBlock{
-        &rows_,          call_.heads,      call_.candidates, first, shape_,
-        parts_,          tables_.of(size), peaks_.of(width), false, factors_of_block(false),
-        call_.bias_heads};
+    block = CodeBlock{&rows_, call_.heads, call_.candidates, first,
+                      shape_, parts_,      tables_.of(size), peaks_.of(width),
+                      false,  factors,     call_.bias_heads};
     float* lanes = lanes_.of(std::max(LIVREC_CALL(code_lane_space, block, padded),
                                       LIVREC_CALL(code_lane_space, block, value_padded)));
     float* field_peaks = field_peaks_.of(rows_.fields * width);
@@ -155,8 +152,9 @@ class CodePass {
     });
   }
 
-  int64_t head_of(int64_t column) const {
-    return std::min(column, columns_ - 1) / call_.candidates;
+  // Where a column, (head, candidate), lies in arrays [candidates, heads].
+  int64_t place_of(int64_t column) const {
+    return column % call_.candidates * call_.heads + column / call_.candidates;
   }
 
   int64_t padded = 0, value_padded = 0;
@@ -167,8 +165,9 @@ class CodePass {
 
  private:
   int64_t round_up(int64_t dim) const { return (dim + shape_.pad - 1) / shape_.pad * shape_.pad; }
-  int64_t bias_head(int64_t column) const { return call_.bias_heads > 1 ? head_of(column) : 0; }
-  const float* factors_of_block(bool exact) const { return exact ? bias_ : factors; }
+  int64_t bias_head(int64_t column) const {
+    return call_.bias_heads > 1 ? std::min(column, columns_ - 1) / call_.candidates : 0;
+  }
 
   float* gathered(Buffer& buffer, const std::vector<const void*>& tables, int64_t dim,
                   int64_t padded_dim) {

@@ -49,6 +49,16 @@ def python(*arguments, path=ROOT, cwd=ROOT, **variables):
     return subprocess.run(command, env=given, cwd=cwd, capture_output=True, text=True)
 
 
+def run_in_tritons_interpreter(edge):
+    """Run a function of a test module, on one thread, where Triton's kernels are interpreted."""
+    program = (
+        f"import interpreter, {edge.__module__} as tests, torch; torch.set_num_threads(1)\n"
+        f"tests.{edge.__name__}()"
+    )
+    done = python(program, path=f"{ROOT}:{ROOT / 'tests'}")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def vectors():
     return np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import gpu_gates as gates
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import run_in_tritons_interpreter
 from test_gates import needs_triton
 
 from livrec_fast import explain, history_search, history_search_codes
@@ -172,12 +172,7 @@ EDGES = [
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
 def test_edge_in_tritons_interpreter(edge):
-    program = (
-        "import interpreter, test_history_search_gpu as tests, torch; torch.set_num_threads(1)\n"
-        f"tests.{edge.__name__}()"
-    )
-    done = python(program, path=f"{ROOT}:{ROOT / 'tests'}")
-    assert done.returncode == 0, done.stderr
+    run_in_tritons_interpreter(edge)
 
 
 @needs_triton

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import gpu_gates as gates
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import run_in_tritons_interpreter
 from hard_vectors import WHOLE, Draw, exact_codes
 from test_gates import needs_triton
 
@@ -82,12 +82,7 @@ EDGES = [
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge.__name__)
 def test_edge_in_tritons_interpreter(edge):
-    program = (
-        "import interpreter, test_residual_kmeans_gpu as tests, torch; torch.set_num_threads(1)\n"
-        f"tests.{edge.__name__}()"
-    )
-    done = python(program, path=f"{ROOT}:{ROOT / 'tests'}")
-    assert done.returncode == 0, done.stderr
+    run_in_tritons_interpreter(edge)
 
 
 @needs_triton

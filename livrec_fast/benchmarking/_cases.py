@@ -17,7 +17,7 @@ from .. import _native
 Inputs = dict[str, Any]
 Run = Callable[[], Any]
 Facts = Mapping[str, Any]
-Kind = Literal["ours", "reference", "peer"]
+Kind = Literal["ours", "reference", "peer", "floor"]  # floor: no rival, but what bounds all
 
 
 class Disagreement(AssertionError):
