@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from livrec_fast import prefix_ngram_lookup
+from livrec_fast import _native, prefix_ngram_lookup
 from livrec_fast.reference.prefix_ngram import prefix_keys
 
 
@@ -237,3 +237,19 @@ def test_compiled_once_for_any_number_of_items():
         ours, theirs = (torch.autograd.grad(o, tables, grad) for o in (out, wanted))
         assert torch.equal(out, wanted)
         assert all(torch.equal(a, b) and a.any() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dim", [16, 13])  # whole vectors of every level, and none of any
+@pytest.mark.parametrize("isa", _native.isa_levels() if _native.MISSING is None else [])
+def test_results_larger_than_the_caches(isa, dim):
+    """Their rows go past them: other instructions, and every row must have arrived."""
+    items = (17 << 20) // (8 * dim)
+    tables = [torch.randn(rows, dim) for rows in (50, 2500)]
+    codes = torch.randint(-1, 50, (items, 2), dtype=torch.int8)
+    first, second = codes.long().unbind(1)
+    padded = [torch.cat([table, torch.zeros(1, dim)]) for table in tables]
+    second = torch.where((first < 0) | (second < 0), 2500, first * 50 + second)
+    wanted = torch.cat([padded[0][torch.where(first < 0, 50, first)], padded[1][second]], 1)
+    with _native.use_isa(isa):
+        found = prefix_ngram_lookup(codes, tables, (50, 50), backend="native")
+    assert found.numel() * 4 > 16 << 20 and torch.equal(found, wanted)
