@@ -14,6 +14,13 @@ def _offsets(good, change):
     return {"offsets": offsets}
 
 
+def _jagged(good, change):
+    """Four candidates of each user, one after the other."""
+    users, candidates = good["q"].shape[:2]
+    q_offsets = change(torch.arange(0, users * candidates + 1, candidates))
+    return {"q": good["q"].flatten(0, 1), "q_offsets": q_offsets}
+
+
 COMMON = [
     ("q list", lambda g: {"q": [[1.0]]}, TypeError, "q: must be a tensor, got list"),
     ("q int", lambda g: {"q": g["q"].int()}, TypeError, "q: .* float16.* int32"),
@@ -53,6 +60,14 @@ BAD_INPUTS = {
         ("v double", lambda g: {"v": g["v"].double()}, TypeError, "v: dtype .*float64"),
         ("v short", lambda g: {"v": g["v"][1:]}, ValueError, "v: shape must be"),
         ("v narrow", lambda g: {"v": g["v"][..., :0]}, ValueError, "v: dv must be at least 1"),
+        ("relu", lambda g: {"activation": "relu"}, ValueError, "activation: .*'silu'.* 'relu'"),
+        ("no lse", lambda g: {"activation": "silu"}, ValueError, "return_lse: .* got 'silu'"),
+        ("q 4-d", lambda g: {"q_offsets": g["offsets"]}, ValueError, r"q: .*\[Q, H, d\]"),
+        ("q int32", lambda g: _jagged(g, lambda o: o.int()), TypeError, "q_offsets: .* int32"),
+        ("q short", lambda g: _jagged(g, lambda o: o[1:]), ValueError, r"q_offsets: .*\[7\].*6"),
+        ("q meta", lambda g: _jagged(g, lambda o: o.to("meta")), ValueError, "q_offsets: .* meta"),
+        ("q last", lambda g: _jagged(g, lambda o: o + o.sign()), ValueError, "q_offsets: .*24.* 25"),
+        ("q falls", lambda g: _jagged(g, lambda o: o.flip(0)), ValueError, "q_offsets: the first"),
     ]
 }
 

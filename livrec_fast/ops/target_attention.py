@@ -9,13 +9,30 @@ from .._dispatch import Op
 from ..reference import target_attention as reference
 from . import _attention
 
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, scale: float,
+    activation: str, q_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _attention.fake(q, v.shape[2], activation == "softmax")
+
+
+def _check_values(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, scale: float,
+    activation: str, q_offsets: Tensor | None,
+) -> None:  # fmt: skip
+    check_offsets(offsets, len(k))
+    if q_offsets is not None:
+        check_offsets(q_offsets, len(q), "q_offsets")
+
+
 _op = Op(
     "target_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? bias, float scale) "
-    "-> (Tensor out, Tensor lse)",
-    fake=lambda q, k, v, offsets, bias, scale: _attention.fake(q, v.shape[2]),
+    "(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? bias, float scale, str activation, "
+    "Tensor? q_offsets) -> (Tensor out, Tensor lse)",
+    fake=_fake,
     reference=reference.target_attention,
-    check_values=lambda q, k, v, offsets, bias, scale: check_offsets(offsets, len(k)),
+    check_values=_check_values,
     autocast=("q", "k", "v"),
 )
 
@@ -28,13 +45,16 @@ def target_attention(
     *,
     bias: Tensor | None = None,
     scale: float | None = None,
+    activation: str = "softmax",
+    q_offsets: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attend from each user's candidates to that user's history, head by head.
 
     $o_c = \sum_t \mathrm{softmax}_t(s\, \langle q_c, k_t \rangle + b_t)\, v_t$, with $t$ over the
-    user's rows, and $\mathrm{lse}_c = \log \sum_t \exp(s\, \langle q_c, k_t \rangle + b_t)$.
+    user's rows, and $\mathrm{lse}_c = \log \sum_t \exp(s\, \langle q_c, k_t \rangle + b_t)$. Other
+    activations weigh every row by itself: the logit, its SiLU or its sigmoid, and nothing divides.
 
     In PyTorch, per user u, with a bias [T, H]::
 
@@ -43,19 +63,23 @@ def target_attention(
         out[u] = torch.einsum("cht,thv->chv", logits.softmax(2), v[rows])
 
     Args:
-        q: [B, C, H, d] float32, float16, bfloat16 or float64: C candidates for each of B users.
+        q: [B, C, H, d] float32, float16, bfloat16 or float64: C candidates for each of B users. Or,
+            with q_offsets, [Q, H, d]: those of all users, one after the other.
         k: [T, H, d], q's dtype: the keys of all histories, one after the other.
         v: [T, H, dv], q's dtype; dv may differ from d.
         offsets: int64 [B + 1]; user u has the rows offsets[u] .. offsets[u + 1] - 1.
         bias: [T] or [T, H], q's dtype or float32, added to the logits of every candidate of the
             row's user (such as a time gap or a log count). -inf takes the row out.
         scale: s, a finite float; d ** -0.5 by default.
-        return_lse: return lse too.
+        activation: "softmax", "none" (DIN without its normalisation), "silu" (as in HSTU, whose
+            division by the length is left to the caller) or "sigmoid".
+        q_offsets: int64 [B + 1]; user u has the candidates q_offsets[u] .. q_offsets[u + 1] - 1.
+        return_lse: return lse too; with the softmax only.
         backend: "auto" or "reference".
 
     Returns:
         out [B, C, H, dv] in q's dtype, or (out, lse) with lse [B, C, H] in natural logarithm,
-        float32 (float64 for float64).
+        float32 (float64 for float64). With q_offsets, [Q, H, dv] and [Q, H].
 
     A history with no rows, or with none left by the bias, gives out = 0, lse = -inf and gradients
     of 0. B, C and T may be 0. Differentiable once, in q, k, v and bias, through out and lse.
@@ -69,22 +93,25 @@ def target_attention(
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, offsets that do not
-        start at 0, decrease, or do not end at T, or a scale that is not finite.
+        start at 0, decrease, or do not end at T (or Q), a scale that is not finite, an unknown
+        activation, or lse asked of another activation than the softmax.
         BackendError: the named backend cannot run this.
 
-    Source: Moment&Cross, section 2.4 (target attention over searched behaviours); LARM, equation 5.
+    Source: Moment&Cross, section 2.4 (target attention over searched behaviours); LARM, equation 5;
+    DIN, section 4.3 (weights without normalisation); HSTU, equation 2 (SiLU).
 
     Example:
         >>> out = target_attention(q, k, v, offsets, bias=-time_gap)  # [B, C, H, dv]
     """
-    _attention.check_query(q, offsets)
-    check_tensor("k", k, ("T", q.shape[2], q.shape[3]), FLOATS)
-    check_tensor("v", v, (k.shape[0], q.shape[2], "dv"), FLOATS)
+    _attention.check_query(q, offsets, q_offsets)
+    _attention.check_activation(activation, return_lse)
+    check_tensor("k", k, ("T", *q.shape[-2:]), FLOATS)
+    check_tensor("v", v, (k.shape[0], q.shape[-2], "dv"), FLOATS)
     if v.shape[2] < 1:
         raise ValueError(f"v: dv must be at least 1, got shape {list(v.shape)}")
     check_one_dtype(q=q, k=k, v=v)
     bias = _attention.check_bias(bias, q, k.shape[0])
     check_same("device", q=q, k=k, v=v, offsets=offsets, bias=bias)
     scale = _attention.resolve_scale(scale, q)
-    out, lse = _op(q, k, v, offsets, bias, scale, backend=backend)
+    out, lse = _op(q, k, v, offsets, bias, scale, activation, q_offsets, backend=backend)
     return (out, lse) if return_lse else out
