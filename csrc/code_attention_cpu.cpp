@@ -348,10 +348,8 @@ void code_narrow(const float* x, int64_t count, int64_t dim, int64_t padded, Tab
   for (int64_t i = 0; i < count; ++i, x += padded, floats += dim, halves += dim) {
     if (type == TableType::f32)
       for (int64_t d = 0; d < dim; ++d) floats[d] = x[d];
-    else if (type == TableType::f16)
-      for (int64_t d = 0; d < dim; ++d) halves[d] = f16_of(x[d]);
     else
-      for (int64_t d = 0; d < dim; ++d) halves[d] = bf16_of(x[d]);
+      narrow_row(x, type == TableType::f16, dim, halves);
   }
 }
 

@@ -53,6 +53,72 @@ LIVREC_INLINE uint16_t f16_of(float value) {
   return static_cast<uint16_t>(sign | half);
 }
 
+// The same for whole vectors.
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef short HalfLanes __attribute__((vector_size(kLanes * 2)));  // as the builtins have them
+
+template <typename To, typename From>
+LIVREC_INLINE To same_bits(From from) {
+  To to;
+  static_assert(sizeof(to) == sizeof(from), "");
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+LIVREC_INLINE Floats widen_bf16(Halves halves) {
+  return same_bits<Floats>(__builtin_convertvector(halves, Bits) << 16);
+}
+
+LIVREC_INLINE Floats widen_f16(Halves halves) {
+#if defined(__AVX512F__)
+  return __builtin_ia32_vcvtph2ps512_mask(same_bits<HalfLanes>(halves), Floats{}, 0xffff, 4);
+#elif defined(__F16C__)
+  return __builtin_ia32_vcvtph2ps256(same_bits<HalfLanes>(halves));
+#else
+  Floats wide;
+  for (int j = 0; j < kLanes; ++j) wide[j] = float_of_f16(halves[j]);
+  return wide;
+#endif
+}
+
+LIVREC_INLINE Halves narrow_bf16(Floats wide) {
+  const Bits bits = same_bits<Bits>(wide);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Halves);
+}
+
+LIVREC_INLINE Halves narrow_f16(Floats wide) {
+#if defined(__AVX512F__)
+  return same_bits<Halves>(__builtin_ia32_vcvtps2ph512_mask(wide, 0, HalfLanes{}, 0xffff));
+#elif defined(__F16C__)
+  return same_bits<Halves>(__builtin_ia32_vcvtps2ph256(wide, 0));
+#else
+  Halves halves;
+  for (int j = 0; j < kLanes; ++j) halves[j] = f16_of(wide[j]);
+  return halves;
+#endif
+}
+
+inline void widen_row(const uint16_t* row, bool is_f16, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Halves halves = *reinterpret_cast<const LooseHalves*>(row + i);
+    store(out + i, is_f16 ? widen_f16(halves) : widen_bf16(halves));
+  }
+  for (; i < count; ++i) out[i] = is_f16 ? float_of_f16(row[i]) : float_of_bf16(row[i]);
+}
+
+inline void narrow_row(const float* row, bool to_f16, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Floats wide = load(row + i);
+    *reinterpret_cast<LooseHalves*>(out + i) = to_f16 ? narrow_f16(wide) : narrow_bf16(wide);
+  }
+  for (; i < count; ++i) out[i] = to_f16 ? f16_of(row[i]) : bf16_of(row[i]);
+}
+
 }  // namespace
 }  // namespace LIVREC_ISA
 }  // namespace livrec

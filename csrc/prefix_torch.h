@@ -108,17 +108,17 @@ struct Offsets {
   const int64_t* data = nullptr;
   int64_t histories = 0;
 
-  Offsets(const Optional& given, int64_t items) {
+  Offsets(const Optional& given, int64_t items, const char* name = "offsets") {
     if (!given) return;
     STD_TORCH_CHECK(
-        given->dim() == 1 && given->size(0) > 0 && given->scalar_type() == ScalarType::Long,
-        "offsets: must be int64 [B + 1]");
+        given->dim() == 1 && given->size(0) > 0 && given->scalar_type() == ScalarType::Long, name,
+        ": must be int64 [B + 1]");
     held = torch::stable::contiguous(*given);
     data = held.const_data_ptr<int64_t>();
     histories = held.size(0) - 1;
     STD_TORCH_CHECK(
         data[0] == 0 && data[histories] == items && std::is_sorted(data, data + histories + 1),
-        "offsets: must go from 0 to the number of items without decreasing");
+        name, ": must go from 0 to the number of items without decreasing");
   }
 };
 

@@ -8,19 +8,13 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-inline void widen(const uint16_t* row, Float type, int64_t count, float* out) {
-  if (type == Float::f16)
-    for (int64_t i = 0; i < count; ++i) out[i] = float_of_f16(row[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) out[i] = float_of_bf16(row[i]);
-}
-
 // Rows [begin, begin + count) of x: as they lie, or widened into `space` [count, dim].
 inline Rows floats_of(const void* x, Float type, int64_t stride, int64_t dim, int64_t begin,
                       int64_t count, float* space) {
   if (type == Float::f32) return Rows{static_cast<const float*>(x) + begin * stride, stride, count};
   const uint16_t* halves = static_cast<const uint16_t*>(x) + begin * stride;
-  for (int64_t i = 0; i < count; ++i) widen(halves + i * stride, type, dim, space + i * dim);
+  for (int64_t i = 0; i < count; ++i)
+    widen_row(halves + i * stride, type == Float::f16, dim, space + i * dim);
   return Rows{space, dim, count};
 }
 

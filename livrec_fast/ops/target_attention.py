@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._checks import FLOATS, check_offsets, check_one_dtype, check_same, check_tensor
-from .._dispatch import Op
+from .._dispatch import Backend, Op
 from ..reference import target_attention as reference
 from . import _attention
+from ._code_fields import refuse_wide
 
 
 def _fake(
@@ -33,6 +34,7 @@ _op = Op(
     fake=_fake,
     reference=reference.target_attention,
     check_values=_check_values,
+    backends=(Backend("native", refuse_wide, backward=None),),
     autocast=("q", "k", "v"),
 )
 
@@ -75,7 +77,7 @@ def target_attention(
             division by the length is left to the caller) or "sigmoid".
         q_offsets: int64 [B + 1]; user u has the candidates q_offsets[u] .. q_offsets[u + 1] - 1.
         return_lse: return lse too; with the softmax only.
-        backend: "auto" or "reference".
+        backend: "auto", "native" or "reference".
 
     Returns:
         out [B, C, H, dv] in q's dtype, or (out, lse) with lse [B, C, H] in natural logarithm,
@@ -85,11 +87,15 @@ def target_attention(
     of 0. B, C and T may be 0. Differentiable once, in q, k, v and bias, through out and lse.
 
     Numerics: logits and softmax are in float32 (float64 for float64) and stable, as the greatest
-    logit is subtracted; weights are rounded to v's dtype before they meet v. NaN and inf in q, k
+    logit is subtracted; the reference rounds weights to v's dtype before they meet v, the kernels
+    keep them in float32, with terms below 2^-126 of the greatest counted as 0. NaN and inf in q, k
     and v spread as in PyTorch. Autocast casts q, k and v, not the bias. The same inputs give the
-    same bits on every run; the reference uses torch's matrix products, whose bits may change with
-    the number of threads. Workspace of the reference: a few float32 arrays of C x H x the longest
-    history; its gradient, of C x H x T. Nothing is padded.
+    same bits on every run and, on a CPU, for any number of threads (the reference uses torch's
+    matrix products, whose bits may change with it). Nothing is padded. Workspace on a CPU: for
+    every 1,024 rows of a history that it begins (2,048 for more than 256 candidates, and so on),
+    4 C H (dv + 2) bytes and in the gradient 4 C H (d + 3), with d and dv rounded up to 16; per
+    thread 4 C H (d + 2 dv) and about 1,000 (d + dv + H) + 16,384 bytes. Of the reference: a few
+    float32 arrays of C x H x the longest history; its gradient, of C x H x T.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, offsets that do not

@@ -1,0 +1,167 @@
+// Tiles of histories and their logits, for the CPU kernels of target attention; see vectors.h for
+// how it is included.
+#pragma once
+
+#include "halves.h"
+#include "products.h"
+#include "target_attention.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+// Some items of one group's keys or values, as they lie.
+struct Stretch {
+  const void* first;
+  TableType type;
+  int64_t stride, count, dim, padded;
+
+  LIVREC_INLINE const float* floats(int64_t i) const {
+    return static_cast<const float*>(first) + i * stride;
+  }
+  LIVREC_INLINE const uint16_t* halves(int64_t i) const {
+    return static_cast<const uint16_t*>(first) + i * stride;
+  }
+};
+
+// Items [at, at + count) of a group of x [items, groups, dim].
+inline Stretch stretch_of(const void* x, TableType type, int64_t groups, int64_t group, int64_t at,
+                          int64_t count, int64_t dim, int64_t padded) {
+  const int64_t stride = groups * dim, bytes = type == TableType::f32 ? 4 : 2;
+  const char* first = static_cast<const char*>(x) + (at * stride + group * dim) * bytes;
+  return {first, type, stride, count, dim, padded};
+}
+
+struct Panel {
+  const float* rows;
+  int64_t stride;
+};
+
+// In float32 and whole vectors: as they lie, or padded with zeros in `space` [count, padded].
+inline Panel panel_of(const Stretch& x, float* space) {
+  if (x.type == TableType::f32 && x.dim == x.padded) return {x.floats(0), x.stride};
+  for (int64_t i = 0; i < x.count; ++i) {
+    float* out = space + i * x.padded;
+    if (x.type == TableType::f32)
+      for (int64_t d = 0; d < x.dim; ++d) out[d] = x.floats(i)[d];
+    else
+      widen_row(x.halves(i), x.type == TableType::f16, x.dim, out);
+    for (int64_t d = x.dim; d < x.padded; ++d) out[d] = 0.0f;
+  }
+  return {space, x.padded};
+}
+
+LIVREC_INLINE Halves load_halves(const uint16_t* from) {
+  return *reinterpret_cast<const LooseHalves*>(from);
+}
+
+// Item after item to number after number: [padded, kTile]; `space` [count, padded].
+inline void turn(const Stretch& x, float* space, float* out) {
+  if (x.type == TableType::f32 || x.dim != x.padded) {
+    const Panel panel = panel_of(x, space);
+    return transpose([&](int64_t i, int64_t d) { return load(panel.rows + i * panel.stride + d); },
+                     x.count, x.padded, out, kTile);
+  }
+  if (x.type == TableType::f16)
+    return transpose([&](int64_t i, int64_t d) { return widen_f16(load_halves(x.halves(i) + d)); },
+                     x.count, x.dim, out, kTile);
+  transpose([&](int64_t i, int64_t d) { return widen_bf16(load_halves(x.halves(i) + d)); }, x.count,
+            x.dim, out, kTile);
+}
+
+// Asks memory for a group's share of the tile that comes next, of x [items, groups, dim].
+LIVREC_INLINE void fetch_share(const void* x, TableType type, int64_t groups, int64_t group,
+                               int64_t dim, int64_t at, int64_t items) {
+  const int64_t size = groups * dim * (type == TableType::f32 ? 4 : 2);
+  const int64_t count = items - at - kTile < kTile ? items - at - kTile : kTile;
+  if (count <= 0) return;
+  const int64_t begin = count * size * group / groups, end = count * size * (group + 1) / groups;
+  fetch(static_cast<const char*>(x) + (at + kTile) * size + begin, end - begin);
+}
+
+// The bias of a tile, head by head: [bias_heads, kTile].
+inline void turn_bias(const AttentionPiece& piece, int64_t at, int64_t count, float* out) {
+  for (int64_t h = 0; h < piece.bias_heads; ++h)
+    for (int64_t t = 0; t < kTile; ++t)
+      out[h * kTile + t] = t < count ? piece.bias[(at + t) * piece.bias_heads + h] : 0.0f;
+}
+
+LIVREC_INLINE int64_t bias_row(const AttentionPiece& piece, int64_t row) {
+  return piece.bias_heads > 1 ? row / piece.candidates * kTile : 0;
+}
+
+// Logits of rows [first, first + rows), counted over all groups: s [rows, kTile].
+inline void logits_of(const AttentionPiece& piece, int64_t first, int64_t rows, const float* turned,
+                      const float* bias, float* s) {
+  multiply({piece.q + first * piece.padded, piece.padded, 1}, rows, turned, kTile, piece.dim, s,
+           kTile, kTile, false);
+  if (piece.bias_heads == 0) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* own = bias + bias_row(piece, first + r);
+    for (int64_t t = 0; t < kTile; t += kLanes)
+      store(s + r * kTile + t, load(s + r * kTile + t) + load(own + t));
+  }
+}
+
+// Items past the tile's last weigh nothing.
+LIVREC_INLINE void end_row(float* s, int64_t count) {
+  for (int64_t t = count; t < kTile; ++t) s[t] = -kInfinity;
+}
+
+LIVREC_INLINE float exp_of(float x) { return exponential<kLanes>(Floats{} + x)[0]; }
+
+LIVREC_INLINE float greatest_in(const float* s, float known) {
+  Floats most = Floats{} + known;
+  for (int64_t t = 0; t < kTile; t += kLanes) most = greater<kLanes>(load(s + t), most);
+  return greatest_of(most);
+}
+
+// What exponentials are taken less: a row without items has none.
+LIVREC_INLINE float shift_of(float peak) { return peak == -kInfinity ? 0.0f : peak; }
+
+// The weight of a logit that an activation other than the softmax gives, and its derivative.
+struct Weight {
+  Floats value, slope;
+};
+
+LIVREC_INLINE Weight weight_of(Activation activation, Floats s) {
+  const Floats one = Floats{} + 1.0f;
+  if (activation == Activation::none) return {s, one};
+  const auto positive = s >= 0.0f;
+  const Floats e = exponential<kLanes>(positive ? -s : s), whole = one / (one + e),
+               part = e * whole;
+  const Floats gate = positive ? whole : part, rest = positive ? part : whole;
+  if (activation == Activation::sigmoid) return {gate, gate * rest};
+  return {s * gate, gate * (one + s * rest)};
+}
+
+// Logits of one row to weights (and slopes); where the bias is -inf, to 0.
+LIVREC_INLINE void weigh_row(const AttentionPiece& piece, const float* bias, float* s,
+                             float* slopes) {
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    Weight weight = weight_of(piece.activation, load(s + t));
+    if (piece.bias_heads > 0) {
+      const auto gone = load(bias + t) == -kInfinity;
+      weight.value = gone ? Floats{} : weight.value;
+      weight.slope = gone ? Floats{} : weight.slope;
+    }
+    store(s + t, weight.value);
+    if (slopes != nullptr) store(slopes + t, load(slopes + t) * weight.slope);
+  }
+}
+
+LIVREC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Takes scratch memory apart.
+struct Space {
+  float* next;
+  LIVREC_INLINE float* take(int64_t count) {
+    float* taken = next;
+    next += (count + 15) / 16 * 16;
+    return taken;
+  }
+};
+
+}  // namespace
+}  // namespace LIVREC_ISA
+}  // namespace livrec

@@ -1,0 +1,120 @@
+#include "target_attention.h"
+
+#include "attention_tiles.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+// Softmax terms of one row of logits, and what it knows of earlier tiles made to fit them.
+void weigh(const AttentionPiece& piece, float* s, float* out, float* peak, float* sum) {
+  const float most = greatest_in(s, *peak), shift = shift_of(most);
+  if (most != *peak) {
+    const float factor = exp_of(*peak - shift);
+    *sum *= factor;
+    for (int64_t d = 0; d < piece.value_padded; d += kLanes) store(out + d, load(out + d) * factor);
+    *peak = most;
+  }
+  Floats total{};
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    const Floats p = exponential<kLanes>(load(s + t) - shift);
+    store(s + t, p);
+    total += p;
+  }
+  *sum += sum_of(total);
+}
+
+struct ForwardSpace {
+  float *keys, *values, *turned, *bias, *s;
+  explicit ForwardSpace(const AttentionPiece& piece) {
+    Space space{piece.scratch};
+    keys = space.take(kTile * piece.padded);
+    values = space.take(kTile * piece.value_padded);
+    turned = space.take(kTile * piece.padded);
+    bias = space.take(kTile * piece.bias_heads);
+    s = space.take(kTile * kRowTile);
+  }
+};
+
+}  // namespace
+
+int64_t target_attention_pad() { return kLanes; }
+
+int64_t target_attention_space(const AttentionPiece& piece, bool gradient) {
+  const int64_t widths = piece.padded + piece.value_padded;
+  return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) + 16 * 16;
+}
+
+void target_attention_widen(const void* x, TableType type, int64_t candidates, int64_t heads,
+                            int64_t dim, int64_t padded, float factor, float* out) {
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t c = 0; c < candidates; ++c, out += padded) {
+      const int64_t first = (c * heads + h) * dim;
+      if (type == TableType::f32)
+        for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<const float*>(x)[first + d];
+      else
+        widen_row(static_cast<const uint16_t*>(x) + first, type == TableType::f16, dim, out);
+      for (int64_t d = 0; d < dim; ++d) out[d] *= factor;
+      for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
+    }
+}
+
+void target_attention_narrow(const float* x, const float* factors, float factor, TableType type,
+                             int64_t candidates, int64_t heads, int64_t dim, int64_t padded,
+                             void* out) {
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t c = 0; c < candidates; ++c, x += padded) {
+      const int64_t first = (c * heads + h) * dim;
+      const float times = factors == nullptr ? factor : *factors++;
+      auto* floats = static_cast<float*>(out) + first;
+      auto* halves = static_cast<uint16_t*>(out) + first;
+      if (type == TableType::f32)
+        for (int64_t d = 0; d < dim; ++d) floats[d] = times * x[d];
+      else if (type == TableType::f16)
+        for (int64_t d = 0; d < dim; ++d) halves[d] = f16_of(times * x[d]);
+      else
+        for (int64_t d = 0; d < dim; ++d) halves[d] = bf16_of(times * x[d]);
+    }
+}
+
+void target_attention_forward(const AttentionPiece& piece, float* out, float* peaks, float* sums) {
+  const ForwardSpace space(piece);
+  const int64_t all = piece.groups * piece.rows;
+  const bool softmax = piece.activation == Activation::softmax;
+  for (int64_t r = 0; r < all * piece.value_padded; ++r) out[r] = 0.0f;
+  for (int64_t r = 0; r < all; ++r) peaks[r] = -kInfinity, sums[r] = 0.0f;
+  for (int64_t at = 0; at < piece.items; at += kTile) {
+    const int64_t count = lesser(kTile, piece.items - at);
+    turn_bias(piece, at, count, space.bias);
+    for (int64_t group = 0; group < piece.groups; ++group) {
+      const Stretch keys =
+          stretch_of(piece.k, piece.type, piece.groups, group, at, count, piece.dim, piece.padded);
+      const Panel values = panel_of(stretch_of(piece.v, piece.type, piece.groups, group, at, count,
+                                               piece.value_dim, piece.value_padded),
+                                    space.values);
+      fetch_share(piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
+      if (piece.v != piece.k)
+        fetch_share(piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
+      turn(keys, space.keys, space.turned);
+      for (int64_t r = 0; r < piece.rows; r += kRowTile) {
+        const int64_t rows = lesser(kRowTile, piece.rows - r), first = group * piece.rows + r;
+        logits_of(piece, first, rows, space.turned, space.bias, space.s);
+        for (int64_t i = 0; i < rows; ++i) {
+          float* s = space.s + i * kTile;
+          if (!softmax) {
+            weigh_row(piece, space.bias + bias_row(piece, first + i), s, nullptr);
+            continue;
+          }
+          end_row(s, count);
+          weigh(piece, s, out + (first + i) * piece.value_padded, peaks + first + i,
+                sums + first + i);
+        }
+        multiply({space.s, kTile, 1}, rows, values.rows, values.stride, count,
+                 out + first * piece.value_padded, piece.value_padded, piece.value_padded, true);
+      }
+    }
+  }
+}
+
+}  // namespace LIVREC_ISA
+}  // namespace livrec

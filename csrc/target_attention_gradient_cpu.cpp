@@ -1,0 +1,194 @@
+#include "attention_tiles.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+struct GradientSpace {
+  float *keys, *values, *turned_keys, *turned_values, *dk, *dv, *bias, *dbias, *s, *d;
+  explicit GradientSpace(const AttentionPiece& piece) {
+    Space space{piece.scratch};
+    keys = space.take(kTile * piece.padded);
+    values = space.take(kTile * piece.value_padded);
+    turned_keys = space.take(kTile * piece.padded);
+    turned_values = space.take(kTile * piece.value_padded);
+    dk = space.take(kTile * piece.padded);
+    dv = space.take(kTile * piece.value_padded);
+    bias = space.take(kTile * piece.bias_heads);
+    dbias = space.take(kTile * piece.bias_heads);
+    s = space.take(kTile * kRowTile);
+    d = space.take(kTile * kRowTile);
+  }
+};
+
+// A tile of a group, and the products s = q k + bias and D = grad v of some of its rows.
+struct Tile {
+  const AttentionPiece& piece;
+  const GradientSpace& space;
+  int64_t at, count;
+  Stretch keys;
+
+  void open(int64_t group) {
+    fetch_share(piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
+    if (!shared())
+      fetch_share(piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
+    keys = stretch_of(piece.k, piece.type, piece.groups, group, at, count, piece.dim, piece.padded);
+    turn(keys, space.keys, space.turned_keys);
+    if (shared()) return;
+    turn(stretch_of(piece.v, piece.type, piece.groups, group, at, count, piece.value_dim,
+                    piece.value_padded),
+         space.values, space.turned_values);
+  }
+
+  bool shared() const { return piece.k == piece.v; }
+
+  void products(const float* grad, int64_t first, int64_t rows) const {
+    logits_of(piece, first, rows, space.turned_keys, space.bias, space.s);
+    multiply({grad + first * piece.value_padded, piece.value_padded, 1}, rows,
+             shared() ? space.turned_keys : space.turned_values, kTile, piece.value_dim, space.d,
+             kTile, kTile, false);
+  }
+};
+
+// Visits every tile, group and block of rows.
+template <typename Visit, typename Close, typename Finish>
+LIVREC_INLINE void each_block(const AttentionPiece& piece, const GradientSpace& space,
+                              const float* grad, const Visit& visit, const Close& close,
+                              const Finish& finish) {
+  for (int64_t at = 0; at < piece.items; at += kTile) {
+    Tile tile{piece, space, at, lesser(kTile, piece.items - at), {}};
+    turn_bias(piece, at, tile.count, space.bias);
+    for (int64_t group = 0; group < piece.groups; ++group) {
+      tile.open(group);
+      for (int64_t r = 0; r < piece.rows; r += kRowTile) {
+        const int64_t rows = lesser(kRowTile, piece.rows - r), first = group * piece.rows + r;
+        tile.products(grad, first, rows);
+        visit(tile, first, rows, r == 0);
+      }
+      close(tile, group);
+    }
+    finish(tile);
+  }
+}
+
+// One row of a tile, added to the greatest logit, Z and the sum of slopes of those before.
+void add_slopes(const float* s, const float* d, float base, float* peak, float* sum, float* slope) {
+  const float most = greatest_in(s, *peak), shift = shift_of(most);
+  if (most != *peak) {
+    const float factor = exp_of(*peak - shift);
+    *sum *= factor, *slope *= factor;
+    *peak = most;
+  }
+  Floats total{}, slopes{};
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    const Floats p = exponential<kLanes>(load(s + t) - shift);
+    total += p;
+    slopes += p * (load(d + t) - base);
+  }
+  *sum += sum_of(total);
+  *slope += sum_of(slopes);
+}
+
+// s to weights, d to the gradient of s.
+LIVREC_INLINE void slope_row(const AttentionPiece& piece, const AttentionSlopes& slopes,
+                             int64_t row, const float* bias, float* s, float* d) {
+  if (piece.activation != Activation::softmax)
+    return weigh_row(piece, bias + bias_row(piece, row), s, d);
+  const float shift = shift_of(slopes.peaks[row]), factor = slopes.factors[row];
+  const float less = slopes.less[row];
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    const Floats p = exponential<kLanes>(load(s + t) - shift) * factor;
+    store(s + t, p);
+    store(d + t, p * (load(d + t) - less));
+  }
+}
+
+// x [count, padded] to rows of a group of `to` [items, groups, dim].
+void narrow_rows(const float* x, TableType type, int64_t groups, int64_t group, int64_t at,
+                 int64_t count, int64_t dim, int64_t padded, bool past_caches, void* to) {
+  for (int64_t i = 0; i < count; ++i, x += padded) {
+    const int64_t first = ((at + i) * groups + group) * dim;
+    if (type == TableType::f32) {
+      float* out = static_cast<float*>(to) + first;
+      if (past_caches && streamable(out, dim * 4)) {
+        stream(reinterpret_cast<const char*>(x), dim * 4, reinterpret_cast<char*>(out));
+        continue;
+      }
+      for (int64_t d = 0; d < dim; ++d) out[d] = x[d];
+    } else {
+      uint16_t* out = static_cast<uint16_t*>(to) + first;
+      narrow_row(x, type == TableType::f16, dim, out);
+    }
+  }
+}
+
+}  // namespace
+
+void target_attention_slopes(const AttentionPiece& piece, const float* grad, const float* base,
+                             float* peaks, float* sums, float* slopes) {
+  const GradientSpace space(piece);
+  for (int64_t r = 0; r < piece.groups * piece.rows; ++r)
+    peaks[r] = -kInfinity, sums[r] = slopes[r] = 0.0f;
+  each_block(
+      piece, space, grad,
+      [&](const Tile& tile, int64_t first, int64_t rows, bool) {
+        for (int64_t i = 0; i < rows; ++i) {
+          end_row(space.s + i * kTile, tile.count);
+          add_slopes(space.s + i * kTile, space.d + i * kTile, base[first + i], peaks + first + i,
+                     sums + first + i, slopes + first + i);
+        }
+      },
+      [](const Tile&, int64_t) {}, [](const Tile&) {});
+}
+
+void target_attention_backward(const AttentionPiece& piece, const AttentionSlopes& slopes) {
+  const GradientSpace space(piece);
+  const int64_t tile_bias = piece.bias_heads * kTile;
+  for (int64_t i = 0; i < piece.groups * piece.rows * piece.padded; ++i) slopes.dq[i] = 0.0f;
+  for (int64_t i = 0; i < tile_bias; ++i) space.dbias[i] = 0.0f;
+  const bool shared = piece.k == piece.v;
+  Panel keys{};
+  float* const dv = shared ? space.dk : space.dv;
+  each_block(
+      piece, space, slopes.grad,
+      [&](const Tile& tile, int64_t first, int64_t rows, bool fresh) {
+        for (int64_t i = 0; i < rows; ++i) {
+          float *s = space.s + i * kTile, *d = space.d + i * kTile;
+          slope_row(piece, slopes, first + i, space.bias, s, d);
+          if (slopes.dbias == nullptr) continue;
+          float* sums = space.dbias + bias_row(piece, first + i);
+          for (int64_t t = 0; t < kTile; t += kLanes) store(sums + t, load(sums + t) + load(d + t));
+        }
+        if (fresh) keys = panel_of(tile.keys, space.keys);
+        multiply({space.d, kTile, 1}, rows, keys.rows, keys.stride, tile.count,
+                 slopes.dq + first * piece.padded, piece.padded, piece.padded, true);
+        if (slopes.dk != nullptr)
+          multiply({space.d, 1, kTile}, tile.count, piece.q + first * piece.padded, piece.padded,
+                   rows, space.dk, piece.padded, piece.padded, !fresh);
+        if (slopes.dv != nullptr)
+          multiply({space.s, 1, kTile}, tile.count, slopes.grad + first * piece.value_padded,
+                   piece.value_padded, rows, dv, piece.value_padded, piece.value_padded,
+                   !fresh || shared);
+      },
+      [&](const Tile& tile, int64_t group) {
+        if (slopes.dk != nullptr)
+          narrow_rows(space.dk, piece.type, piece.groups, group, tile.at, tile.count, piece.dim,
+                      piece.padded, slopes.past_caches, slopes.dk);
+        if (slopes.dv != nullptr && !shared)
+          narrow_rows(space.dv, piece.type, piece.groups, group, tile.at, tile.count,
+                      piece.value_dim, piece.value_padded, slopes.past_caches, slopes.dv);
+      },
+      [&](const Tile& tile) {
+        if (slopes.dbias == nullptr) return;
+        for (int64_t h = 0; h < piece.bias_heads; ++h)
+          for (int64_t t = 0; t < tile.count; ++t) {
+            float& sum = space.dbias[h * kTile + t];
+            slopes.dbias[(tile.at + t) * piece.bias_heads + h] = sum;
+          }
+        for (int64_t i = 0; i < tile_bias; ++i) space.dbias[i] = 0.0f;
+      });
+  if (slopes.past_caches) end_stream();
+}
+
+}  // namespace LIVREC_ISA
+}  // namespace livrec

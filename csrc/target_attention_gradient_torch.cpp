@@ -1,0 +1,233 @@
+#include "target_attention_torch.h"
+
+namespace livrec {
+namespace {
+
+// What a user's queries and their gradients are to the kernels; memory stays for the next user.
+struct Asked {
+  Buffer q_space, grad_space, base_space, scratch, less_space;
+  float *q = nullptr, *grad = nullptr, *base = nullptr;
+};
+
+constexpr int64_t kPastCaches = 16 << 20;  // bytes of a gradient
+
+struct Wanted {
+  bool q, k, v, bias;
+};
+
+class Gradient {
+ public:
+  Gradient(const AttentionCall& call, const Tensor& grad, const Optional& grad_lse,
+           const Tensor& out, const Wanted& wanted)
+      : call_(call),
+        grad_(torch::stable::contiguous(grad)),
+        out_(torch::stable::contiguous(out)),
+        softmax_(call.activation == Activation::softmax),
+        slopes_(3 * call.columns * 4),
+        dq_(call.columns * call.padded * 4) {
+    if (grad_lse) grad_lse_ = torch::stable::contiguous(*grad_lse);
+    const auto type = call.q.scalar_type();
+    grad_q = empty_cpu(call.q.sizes(), type);
+    if (wanted.k) grad_k = empty_cpu(call.k.sizes(), type);
+    if (wanted.v)
+      grad_v =
+          call.groups == call.heads && call.k.dim() == 3 ? empty_cpu(call.v.sizes(), type) : grad_k;
+    if (wanted.bias) grad_bias = empty_cpu(call.bias->sizes(), ScalarType::Float);
+  }
+
+  void run() {
+    if (softmax_) {
+      each_piece([&](const Task& task, Asked& asked, const AttentionPiece& piece) {
+        float* found = slopes(task);
+        const int64_t columns = call_.columns_of(task.user);
+        LIVREC_CALL(target_attention_slopes, piece, asked.grad, asked.base, found, found + columns,
+                    found + 2 * columns);
+      });
+      call_.each_user([&](int64_t begin, int64_t end) {
+        for (int64_t user = begin; user < end; ++user) join_slopes(user);
+      });
+    }
+    each_piece([&](const Task& task, Asked& asked, const AttentionPiece& piece) {
+      add(task, asked, piece);
+    });
+    call_.each_user([&](int64_t begin, int64_t end) {
+      for (int64_t user = begin; user < end; ++user) finish(user);
+    });
+  }
+
+  Tensor grad_q;
+  Optional grad_k, grad_v, grad_bias;
+
+ private:
+  template <typename Visit>
+  void each_piece(const Visit& visit) {
+    call_.each_task([&](int64_t begin, int64_t end) {
+      Asked asked;
+      for (int64_t t = begin; t < end; ++t) {
+        const Task& task = call_.tasks[static_cast<size_t>(t)];
+        ask(task.user, asked);
+        visit(task, asked, call_.piece_of(task, asked.q, asked.scratch, true));
+      }
+    });
+  }
+
+  void ask(int64_t user, Asked& asked) const {
+    const int64_t columns = call_.columns_of(user), width = call_.value_padded;
+    asked.q = asked.q_space.of(columns * call_.padded);
+    call_.widen(call_.q, user, call_.dim, call_.padded, call_.scale, asked.q);
+    asked.grad = asked.grad_space.of(columns * width);
+    asked.base = asked.base_space.of(columns);
+    float* out = asked.less_space.of(columns * width);
+    call_.widen(out_, user, call_.value_dim, width, 1.0f, out);
+    call_.widen(grad_, user, call_.value_dim, width, 1.0f, asked.grad);
+    for (int64_t c = 0; c < columns; ++c) {
+      float sum = 0.0f;
+      for (int64_t d = 0; d < width; ++d) sum += asked.grad[c * width + d] * out[c * width + d];
+      asked.base[c] = sum;
+    }
+  }
+
+  // [3, columns]: peaks, sums, slopes of a piece; of the first, after join_slopes, of all.
+  float* slopes(const Task& task) const {
+    return static_cast<float*>(slopes_.data()) + 3 * task.columns_before;
+  }
+  float* dq(const Task& task) const {
+    return static_cast<float*>(dq_.data()) + task.columns_before * call_.padded;
+  }
+  const Task& head_of(int64_t user) const {
+    return call_.tasks[static_cast<size_t>(call_.first_task[static_cast<size_t>(user)])];
+  }
+
+  // Of all pieces: the greatest logit, 1 / Z, and what is to be subtracted from D - base.
+  void join_slopes(int64_t user) {
+    const int64_t columns = call_.columns_of(user);
+    if (columns == 0) return;
+    const int64_t first = call_.first_task[static_cast<size_t>(user)],
+                  last = call_.first_task[static_cast<size_t>(user) + 1];
+    float* joined = slopes(head_of(user));
+    for (int64_t c = 0; c < columns; ++c) {
+      float most = -INFINITY, total = 0.0f, slope = 0.0f;
+      for (int64_t t = first; t < last; ++t) {
+        const float peak = slopes(call_.tasks[static_cast<size_t>(t)])[c];
+        most = peak > most ? peak : most;
+      }
+      for (int64_t t = first; t < last; ++t) {
+        const float* own = slopes(call_.tasks[static_cast<size_t>(t)]);
+        const float factor = own[c] == most ? 1.0f : std::exp(own[c] - most);
+        total += factor * own[columns + c];
+        slope += factor * own[2 * columns + c];
+      }
+      const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+      joined[c] = most, joined[columns + c] = factor, joined[2 * columns + c] = slope * factor;
+    }
+  }
+
+  void add(const Task& task, Asked& asked, const AttentionPiece& piece) {
+    const int64_t columns = call_.columns_of(task.user), candidates = call_.candidates(task.user);
+    AttentionSlopes to{};
+    to.grad = asked.grad;
+    float* less = asked.less_space.of(columns);
+    if (softmax_) {
+      const float* joined = slopes(head_of(task.user));
+      to.peaks = joined, to.factors = joined + columns, to.less = less;
+      for (int64_t c = 0; c < columns; ++c) {
+        const int64_t place =
+            (call_.first_row(task.user) + c % candidates) * call_.heads + c / candidates;
+        less[c] = asked.base[c] + joined[2 * columns + c] -
+                  (grad_lse_ ? grad_lse_->const_data_ptr<float>()[place] : 0.0f);
+      }
+    }
+    to.dq = dq(task);
+    to.past_caches = call_.items * call_.heads * call_.dim * 4 >= kPastCaches;
+    to.dk = grad_k ? AttentionCall::at(*grad_k, task.begin) : nullptr;
+    to.dv = grad_v ? AttentionCall::at(*grad_v, task.begin) : nullptr;
+    to.dbias =
+        grad_bias ? grad_bias->mutable_data_ptr<float>() + task.begin * call_.bias_heads : nullptr;
+    LIVREC_CALL(target_attention_backward, piece, to);
+  }
+
+  void finish(int64_t user) {
+    const int64_t count = call_.columns_of(user) * call_.padded;
+    if (count == 0) return forget(user);
+    const int64_t first = call_.first_task[static_cast<size_t>(user)],
+                  last = call_.first_task[static_cast<size_t>(user) + 1];
+    float* sum = dq(head_of(user));
+    for (int64_t t = first + 1; t < last; ++t) {
+      const float* own = dq(call_.tasks[static_cast<size_t>(t)]);
+      for (int64_t i = 0; i < count; ++i) sum[i] += own[i];
+    }
+    call_.narrow(sum, nullptr, call_.scale, user, call_.dim, call_.padded, grad_q);
+  }
+
+  // Nobody asked of this history.
+  void forget(int64_t user) {
+    const auto [begin, end] = call_.history(user);
+    for (const Optional& grad : {grad_k, grad_v, grad_bias})
+      if (grad && begin < end)
+        std::memset(
+            AttentionCall::at(*grad, begin), 0,
+            static_cast<size_t>(AttentionCall::at(*grad, end) - AttentionCall::at(*grad, begin)));
+  }
+
+  const AttentionCall& call_;
+  Tensor grad_, out_;
+  Optional grad_lse_;
+  bool softmax_;
+  Scratch slopes_, dq_;
+};
+
+using Grads = std::vector<Optional>;
+
+Tensor given_grad(const Grads& grads, const Tensor& out) {
+  if (grads[0]) return *grads[0];
+  Tensor zeros = empty_cpu(out.sizes(), out.scalar_type());
+  std::memset(zeros.mutable_data_ptr(), 0,
+              static_cast<size_t>(zeros.numel()) * zeros.element_size());
+  return zeros;
+}
+
+Optional lse_grad(const Grads& grads, const AttentionCall& call) {
+  return call.activation == Activation::softmax ? grads[1] : std::nullopt;
+}
+
+// needs: of q, k, v, offsets and those of bias and q_offsets that are given.
+std::vector<Tensor> target_attention_backward(
+    const Grads& grads, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
+    const Optional& bias, double scale, const std::string& activation, const Optional& q_offsets,
+    const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
+  const AttentionCall call(q, k, v, offsets, bias, scale, activation, q_offsets);
+  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs[0],
+                    {needs[0], needs[1], needs[2], bias && needs[4]});
+  gradient.run();
+  std::vector<Tensor> found;
+  if (needs[0]) found.push_back(gradient.grad_q);
+  for (const Optional& grad : {gradient.grad_k, gradient.grad_v, gradient.grad_bias})
+    if (grad) found.push_back(*grad);
+  return found;
+}
+
+std::vector<Tensor> shared_attention_backward(const Grads& grads, const Tensor& q, const Tensor& x,
+                                              const Tensor& offsets, const Optional& bias,
+                                              double scale, const std::string& activation,
+                                              const Optional& q_offsets,
+                                              const std::vector<Tensor>& outputs,
+                                              const std::vector<bool>& needs) {
+  const AttentionCall call(q, x, x, offsets, bias, scale, activation, q_offsets);
+  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs[0],
+                    {needs[0], needs[1], needs[1], bias && needs[3]});
+  gradient.run();
+  std::vector<Tensor> found;
+  if (needs[0]) found.push_back(gradient.grad_q);
+  for (const Optional& grad : {gradient.grad_k, gradient.grad_bias})
+    if (grad) found.push_back(*grad);
+  return found;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(livrec, CPU, m) {
+  m.impl("target_attention_backward.native", TORCH_BOX(&target_attention_backward));
+  m.impl("shared_attention_backward.native", TORCH_BOX(&shared_attention_backward));
+}
+
+}  // namespace livrec
