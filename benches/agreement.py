@@ -1,7 +1,8 @@
-"""Agreement at sizes where the float64 answer of every row for every contestant costs too much."""
+"""Agreement at sizes where the float64 answer, of all rows for every contestant, costs too much."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,3 +59,40 @@ def squared_error(x: Tensor, codebooks: list[Tensor]) -> float:
             residual = residual - book[score.argmax(1)]
         total += float(residual.square().sum())
     return total / len(x)
+
+
+class Close:
+    """Hold outputs to float64: off by at most twice what the formula is in its dtype, and rounding.
+
+    formula: gives the outputs, of the inputs and of them in float64; computed once for all
+        contestants.
+    """
+
+    def __init__(self, formula: Callable[[dict[str, Any]], list[Tensor]]) -> None:
+        self._formula = formula
+        self._same: list[Tensor] = []
+        self._exact: list[Tensor] = []
+
+    def __call__(self, output: Any, inputs: dict[str, Any], times: float = 2) -> None:
+        """Raise AssertionError where an output, or a gradient, is further off."""
+        if not self._exact:
+            self._same, self._exact = self._formula(inputs), self._formula(doubled(inputs))
+        found = [output] if isinstance(output, Tensor) else list(output)
+        for at, (got, same, exact) in enumerate(zip(found, self._same, self._exact, strict=True)):
+            assert got.shape == exact.shape, f"{at}: shape {list(got.shape)}"
+            error, own = (got - exact).abs(), (same - exact).abs()
+            for norm in (Tensor.amax, lambda x: x.square().mean().sqrt()):
+                limit = times * norm(own) + 1e-6 * norm(exact.abs()).clamp(min=1)
+                off = norm(error)
+                assert off <= limit, f"output {at}: off by {off:.3g}, limit {limit:.3g}"
+
+
+def doubled(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs in float64."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, list):
+            return [wide(item) for item in value]
+        return value.double() if value.is_floating_point() else value
+
+    return {name: wide(value) for name, value in inputs.items()}

@@ -16,6 +16,7 @@ from livrec_fast.benchmarking import Case, Contestant, Options, ours
 from livrec_fast.reference.code_attention_gradient import code_attention_gradient
 
 from . import peers, peers_attention
+from .agreement import Close
 
 LEVELS, HEADS, DIM = (512, 256, 128), 4, 16
 USERS, ITEMS, MOST_ITEMS = 16, 10_000, 20_000
@@ -118,7 +119,7 @@ def case(
         return inputs
 
     function = gradients if training else livrec_fast.code_attention
-    agree = Close()
+    agree = Close(formula)
     total = users * items or sum(map(len, real_histories()))
     return Case(
         op="code_attention",
@@ -160,41 +161,6 @@ def gradients(*, grad: Tensor, q: Tensor, backend: str, **rest: Any) -> tuple[Te
     given = {"q": leaves[0], "key_tables": keys, "value_tables": values, **rest}
     out = livrec_fast.code_attention(**given, backend=backend)
     return torch.autograd.grad(out, leaves, grad)
-
-
-class Close:
-    """Hold outputs to float64: off by at most twice what the formula is in float32, and rounding.
-
-    Both answers of the formula are computed once for all contestants.
-    """
-
-    def __init__(self) -> None:
-        self._same: list[Tensor] = []
-        self._exact: list[Tensor] = []
-
-    def __call__(self, output: Any, inputs: Inputs, times: float = 2) -> None:
-        """Raise AssertionError where an output, or a gradient, is further off."""
-        if not self._exact:
-            self._same, self._exact = formula(inputs), formula(doubled(inputs))
-        found = [output] if isinstance(output, Tensor) else list(output)
-        for at, (got, same, exact) in enumerate(zip(found, self._same, self._exact, strict=True)):
-            assert got.shape == exact.shape, f"{at}: shape {list(got.shape)}"
-            error, own = (got - exact).abs(), (same - exact).abs()
-            for norm in (Tensor.amax, lambda x: x.square().mean().sqrt()):
-                limit = times * norm(own) + 1e-6 * norm(exact.abs()).clamp(min=1)
-                off = norm(error)
-                assert off <= limit, f"output {at}: off by {off:.3g}, limit {limit:.3g}"
-
-
-def doubled(inputs: Inputs) -> Inputs:
-    """Return the inputs in float64."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, list):
-            return [wide(item) for item in value]
-        return value.double() if value.is_floating_point() else value
-
-    return {name: wide(value) for name, value in inputs.items()}
 
 
 def formula(inputs: Inputs) -> list[Tensor]:

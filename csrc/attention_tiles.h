@@ -93,8 +93,8 @@ LIVREC_INLINE int64_t bias_row(const AttentionPiece& piece, int64_t row) {
 // Logits of rows [first, first + rows), counted over all groups: s [rows, kTile].
 inline void logits_of(const AttentionPiece& piece, int64_t first, int64_t rows, const float* turned,
                       const float* bias, float* s) {
-  multiply({piece.q + first * piece.padded, piece.padded, 1}, rows, turned, kTile, piece.dim, s,
-           kTile, kTile, false);
+  multiply<true>({piece.q + first * piece.padded, piece.padded, 1}, rows, turned, kTile, piece.dim,
+                 s, kTile, kTile, false);
   if (piece.bias_heads == 0) return;
   for (int64_t r = 0; r < rows; ++r) {
     const float* own = bias + bias_row(piece, first + r);

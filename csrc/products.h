@@ -55,27 +55,34 @@ LIVREC_INLINE void product_block(Left a, const float* b, int64_t b_row, int64_t 
     }
 }
 
-template <int V>
+template <int V, bool kShortChains>
 inline void product_columns(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth,
                             float* c, int64_t c_row, bool add) {
-  constexpr int kTall = V == 1 ? 8 : kWide == 4 ? 6 : 4;
+  constexpr int kMost = V == 1 ? 8 : kWide == 4 ? 6 : 4;
+  constexpr int kChains = V == 1 ? 4 : 2;
+  constexpr int kTall = kShortChains ? kMost / 2 : kMost;
   int64_t m = 0;
   for (; m + kTall <= rows; m += kTall)
-    product_block<kTall, V>(a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
+    product_block<kTall, V, kShortChains ? kChains : 1>(a.from(m), b, b_row, depth, c + m * c_row,
+                                                        c_row, add);
   for (; m + 2 <= rows; m += 2)
-    product_block<2, V, V == 1 ? 4 : 1>(a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
+    product_block<2, V, V == 1 || kShortChains ? kChains : 1>(a.from(m), b, b_row, depth,
+                                                              c + m * c_row, c_row, add);
   for (; m < rows; ++m)
-    product_block<1, V, V == 1 ? 4 : 2>(a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
+    product_block<1, V, kChains>(a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
 }
 
-// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns is a multiple of kLanes.
+// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns is a multiple of kLanes. With
+// short chains a number is the sum of two or more, each over a part of the depth: they round less,
+// and b had better lie in the nearest cache.
+template <bool kShortChains = false>
 inline void multiply(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
                      int64_t c_row, int64_t columns, bool add) {
   int64_t n = 0;
   for (; n + kWide * kLanes <= columns; n += kWide * kLanes)
-    product_columns<kWide>(a, rows, b + n, b_row, depth, c + n, c_row, add);
+    product_columns<kWide, kShortChains>(a, rows, b + n, b_row, depth, c + n, c_row, add);
   for (; n < columns; n += kLanes)
-    product_columns<1>(a, rows, b + n, b_row, depth, c + n, c_row, add);
+    product_columns<1, kShortChains>(a, rows, b + n, b_row, depth, c + n, c_row, add);
 }
 
 // Lanes of two vectors, picked by place: those of the second come after those of the first.

@@ -44,9 +44,9 @@ struct Tile {
 
   void products(const float* grad, int64_t first, int64_t rows) const {
     logits_of(piece, first, rows, space.turned_keys, space.bias, space.s);
-    multiply({grad + first * piece.value_padded, piece.value_padded, 1}, rows,
-             shared() ? space.turned_keys : space.turned_values, kTile, piece.value_dim, space.d,
-             kTile, kTile, false);
+    multiply<true>({grad + first * piece.value_padded, piece.value_padded, 1}, rows,
+                   shared() ? space.turned_keys : space.turned_values, kTile, piece.value_dim,
+                   space.d, kTile, kTile, false);
   }
 };
 

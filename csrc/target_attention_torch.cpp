@@ -83,7 +83,8 @@ class Forward {
       }
       totals(head)[c] = !softmax ? 1.0f : total == 0.0f ? 0.0f : 1.0f / total;
       if (softmax)
-        lse_.mutable_data_ptr<float>()[place_of(call_, user, c)] = most + std::log(total);
+        lse_.mutable_data_ptr<float>()[place_of(call_, user, c)] =
+            most == INFINITY ? most : most + std::log(total);
     }
     call_.narrow(sums(head), totals(head), 1.0f, user, call_.value_dim, width, out_);
   }

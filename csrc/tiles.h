@@ -8,8 +8,6 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-constexpr float kLeastExponent = -87.33654f;  // of e: 2^-126
-
 template <int N>
 struct Lanes;
 #define LIVREC_LANES(N)                                                             \
@@ -34,36 +32,33 @@ LIVREC_INLINE void write(float* to, typename Lanes<N>::V value) {
   *reinterpret_cast<typename Lanes<N>::Loose*>(to) = value;
 }
 
-// polynomial x 2^n, or 0 where x is so small that 2^n would lose bits; NaN stays NaN.
+// x 2^n for whole n from -151 to 127, in two steps where there is no instruction for it, as 2^n
+// itself may be too small.
 template <int N>
-LIVREC_INLINE typename Lanes<N>::V raise(typename Lanes<N>::V x, typename Lanes<N>::V polynomial,
-                                         typename Lanes<N>::V n) {
-  typedef typename Lanes<N>::V V;
+LIVREC_INLINE typename Lanes<N>::V raise(typename Lanes<N>::V x, typename Lanes<N>::V n) {
   typedef typename Lanes<N>::I I;
-  const auto tiny = x < kLeastExponent;  // false for NaN
-  const V safe = tiny ? V{} : n;
-  const I power = (__builtin_convertvector(safe, I) + 127) << 23;
-  V scale;
-  __builtin_memcpy(&scale, &power, sizeof(scale));
-  return tiny ? V{} : polynomial * scale;
+  const I power = __builtin_convertvector(n, I), half = power >> 1;
+  const I first = (half + 127) << 23, second = (power - half + 127) << 23;
+  typename Lanes<N>::V scales[2];
+  __builtin_memcpy(&scales[0], &first, sizeof(first));
+  __builtin_memcpy(&scales[1], &second, sizeof(second));
+  return x * scales[0] * scales[1];
 }
 
 #if defined(__AVX512F__)
 template <>
-LIVREC_INLINE Lanes<16>::V raise<16>(Lanes<16>::V x, Lanes<16>::V polynomial, Lanes<16>::V n) {
-  typedef Lanes<16>::V V;
-  constexpr int kNotLess = 5, kAsIs = 4;  // true for NaN; rounding as the processor is set
-  const auto large = __builtin_ia32_cmpps512_mask(x, V{} + kLeastExponent, kNotLess, 0xffff, kAsIs);
-  return __builtin_ia32_scalefps512_mask(polynomial, n, V{}, large, kAsIs);
+LIVREC_INLINE Lanes<16>::V raise<16>(Lanes<16>::V x, Lanes<16>::V n) {
+  return __builtin_ia32_scalefps512_mask(x, n, x, 0xffff, 4);
 }
 #endif
 
-// exp(x) for x up to 88, to about one unit in the last place; 0 below 2^-126, where numbers lose
-// bits. 2^n times a polynomial of what is left, |r| <= ln(2) / 2 (Cephes' coefficients).
+// exp(x) for x up to 88, to about one unit in the last place; subnormal below 2^-126, 0 below
+// 2^-150. 2^n times a polynomial of what is left, |r| <= ln(2) / 2 (Cephes' coefficients).
 template <int N>
 LIVREC_INLINE typename Lanes<N>::V exponential(typename Lanes<N>::V x) {
   typedef typename Lanes<N>::V V;
-  const V magic = V{} + 12582912.0f;  // adding it rounds to an integer
+  const V least = V{} - 104.5f, magic = V{} + 12582912.0f;  // adding it rounds to an integer
+  x = least > x ? least : x;                                // NaN stays one
   const V n = (x * 1.44269504088896341f + magic) - magic;
   V r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -73,7 +68,7 @@ LIVREC_INLINE typename Lanes<N>::V exponential(typename Lanes<N>::V x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
-  return raise<N>(x, y, n);
+  return raise<N>(y, n);
 }
 
 template <int N>
