@@ -31,6 +31,7 @@ constexpr int64_t kRowTile = 32;  // rows at a time
 enum class Activation : int { softmax, none, silu, sigmoid };
 
 struct AttentionPiece {
+  bool shared;        // keys are values, and their gradients are one
   const void *k, *v;  // of the piece's first item, [items, groups, dim] of `type`
   const float* bias;  // [items, bias_heads], or null
   TableType type;

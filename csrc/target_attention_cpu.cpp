@@ -93,7 +93,7 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
                                                piece.value_dim, piece.value_padded),
                                     space.values);
       fetch_share(piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
-      if (piece.v != piece.k)
+      if (!piece.shared)
         fetch_share(piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
       turn(keys, space.keys, space.turned);
       for (int64_t r = 0; r < piece.rows; r += kRowTile) {

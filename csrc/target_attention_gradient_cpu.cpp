@@ -30,22 +30,20 @@ struct Tile {
 
   void open(int64_t group) {
     fetch_share(piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
-    if (!shared())
+    if (!piece.shared)
       fetch_share(piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
     keys = stretch_of(piece.k, piece.type, piece.groups, group, at, count, piece.dim, piece.padded);
     turn(keys, space.keys, space.turned_keys);
-    if (shared()) return;
+    if (piece.shared) return;
     turn(stretch_of(piece.v, piece.type, piece.groups, group, at, count, piece.value_dim,
                     piece.value_padded),
          space.values, space.turned_values);
   }
 
-  bool shared() const { return piece.k == piece.v; }
-
   void products(const float* grad, int64_t first, int64_t rows) const {
     logits_of(piece, first, rows, space.turned_keys, space.bias, space.s);
     multiply<true>({grad + first * piece.value_padded, piece.value_padded, 1}, rows,
-                   shared() ? space.turned_keys : space.turned_values, kTile, piece.value_dim,
+                   piece.shared ? space.turned_keys : space.turned_values, kTile, piece.value_dim,
                    space.d, kTile, kTile, false);
   }
 };
@@ -146,7 +144,7 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
   const int64_t tile_bias = piece.bias_heads * kTile;
   for (int64_t i = 0; i < piece.groups * piece.rows * piece.padded; ++i) slopes.dq[i] = 0.0f;
   for (int64_t i = 0; i < tile_bias; ++i) space.dbias[i] = 0.0f;
-  const bool shared = piece.k == piece.v;
+  const bool shared = piece.shared;
   Panel keys{};
   float* const dv = shared ? space.dk : space.dv;
   each_block(

@@ -29,9 +29,7 @@ class Gradient {
     const auto type = call.q.scalar_type();
     grad_q = empty_cpu(call.q.sizes(), type);
     if (wanted.k) grad_k = empty_cpu(call.k.sizes(), type);
-    if (wanted.v)
-      grad_v =
-          call.groups == call.heads && call.k.dim() == 3 ? empty_cpu(call.v.sizes(), type) : grad_k;
+    if (wanted.v) grad_v = call.shared ? grad_k : empty_cpu(call.v.sizes(), type);
     if (wanted.bias) grad_bias = empty_cpu(call.bias->sizes(), ScalarType::Float);
   }
 

@@ -39,6 +39,7 @@ class AttentionCall {
   Activation activation;
   int64_t users, items, asked, heads, dim, value_dim, padded, value_padded, bias_heads, groups;
   float scale;
+  bool shared;  // one tensor of features
   std::vector<Task> tasks;
   std::vector<int64_t> first_task;  // [users + 1]
   int64_t columns = 0;              // of all pieces
@@ -46,7 +47,8 @@ class AttentionCall {
   AttentionCall(const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
                 const Tensor& offsets_given, const Optional& bias_given, double scale_given,
                 const std::string& activation_given, const Optional& q_offsets_given) {
-    const bool jagged = q_offsets_given.has_value(), shared = k_given.dim() == 2;
+    const bool jagged = q_offsets_given.has_value();
+    shared = k_given.dim() == 2;
     STD_TORCH_CHECK(q_given.dim() == (jagged ? 3 : 4), "q: must be [B, C, H, d], or [Q, H, d]");
     q = torch::stable::contiguous(q_given);
     k = torch::stable::contiguous(k_given);
@@ -99,6 +101,7 @@ class AttentionCall {
   AttentionPiece piece_of(const Task& task, const float* q_wide, Buffer& scratch,
                           bool gradient) const {
     AttentionPiece piece{};
+    piece.shared = shared;
     piece.k = at(k, task.begin), piece.v = at(v, task.begin);
     piece.bias = bias ? bias->const_data_ptr<float>() + task.begin * bias_heads : nullptr;
     piece.type = type, piece.activation = activation;

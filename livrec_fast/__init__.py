@@ -7,6 +7,7 @@ from ._dispatch import BackendError, explain
 from .ops.code_attention import code_attention
 from .ops.code_attention_gradient import code_attention_gradient
 from .ops.contrastive import in_batch_contrastive
+from .ops.din_attention import din_attention
 from .ops.history_search import history_search, history_search_codes
 from .ops.kmeans_step import KMeansStep, kmeans_quanta, kmeans_step
 from .ops.majority_vote import majority_vote
@@ -23,10 +24,12 @@ from .ops.residual_kmeans import (
 from .ops.row_update import row_update
 from .ops.search_rows import search_rows
 from .ops.target_attention import target_attention
+from .ops.target_attention_features import shared_attention, target_attention_features
 
 if TYPE_CHECKING:
     from .modules import (
         CodeTargetAttention,
+        ExtractUnit,
         PairedPrefixNgramEmbedding,
         PrefixNgramEmbedding,
         ResidualKMeans,
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
         RowAdagrad,
         RowSGD,
         RowwiseAdagrad,
+        SearchUnit,
+        TargetAttention,
         gap_bucket,
         shard_rows,
     )
@@ -42,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "CodeTargetAttention",
+    "ExtractUnit",
     "KMeansStep",
     "PairedPrefixNgramEmbedding",
     "PrefixNgramEmbedding",
@@ -51,8 +57,11 @@ __all__ = [
     "RowAdagrad",
     "RowSGD",
     "RowwiseAdagrad",
+    "SearchUnit",
+    "TargetAttention",
     "code_attention",
     "code_attention_gradient",
+    "din_attention",
     "explain",
     "gap_bucket",
     "history_search",
@@ -71,7 +80,9 @@ __all__ = [
     "row_update",
     "search_rows",
     "shard_rows",
+    "shared_attention",
     "target_attention",
+    "target_attention_features",
     "unpack_codes",
 ]
 

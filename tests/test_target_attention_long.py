@@ -111,3 +111,13 @@ def test_what_is_not_finite_spreads_as_in_the_formula(what, value):
     torch.testing.assert_close(out, want, equal_nan=True, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, want_lse, equal_nan=True, atol=1e-5, rtol=1e-5)
     assert not out.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["native", "reference"])
+def test_keys_that_are_the_values(kernel):
+    inputs = draw("plain", 3, 200)
+    x, y = inputs["k"].requires_grad_(), inputs["k"].detach().clone().requires_grad_()
+    out, _ = target_attention(**inputs | {"v": x}, backend=kernel)
+    want, _ = target_attention(**inputs | {"v": y}, backend=kernel)
+    (got,) = torch.autograd.grad(out.square().sum(), x)
+    torch.testing.assert_close(got, sum(torch.autograd.grad(want.square().sum(), (x, y))))

@@ -4,12 +4,16 @@ from ._code_items import gap_bucket
 from ._row_optimizers import RowAdagrad, RowSGD, RowwiseAdagrad
 from ._sharded import shard_rows
 from .code_target_attention import CodeTargetAttention
+from .extract_unit import ExtractUnit
 from .prefix_ngram import PairedPrefixNgramEmbedding, PrefixNgramEmbedding
 from .residual_kmeans import ResidualKMeans
 from .room_votes import RoomVotes
+from .search_unit import SearchUnit
+from .target_attention import TargetAttention
 
 __all__ = [
     "CodeTargetAttention",
+    "ExtractUnit",
     "PairedPrefixNgramEmbedding",
     "PrefixNgramEmbedding",
     "ResidualKMeans",
@@ -17,6 +21,8 @@ __all__ = [
     "RowAdagrad",
     "RowSGD",
     "RowwiseAdagrad",
+    "SearchUnit",
+    "TargetAttention",
     "gap_bucket",
     "shard_rows",
 ]

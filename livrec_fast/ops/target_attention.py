@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_offsets, check_one_dtype, check_same, check_tensor
-from .._dispatch import Backend, Op
+from .._dispatch import Backend, Op, refuse_triton
 from ..reference import target_attention as reference
 from . import _attention
 from ._code_fields import refuse_wide
@@ -27,6 +31,31 @@ def _check_values(
         check_offsets(q_offsets, len(q), "q_offsets")
 
 
+def _refuse_tiles(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
+    if q.dtype == torch.float64:
+        return "computes in float32; queries are float64"
+    if max(q.shape[-1], v.shape[2]) > 256:
+        return "keeps rows in registers: d and dv at most 256"
+    return refuse_triton(q)
+
+
+def _triton(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import target_attention
+
+    return target_attention.target_attention(q, *rest)
+
+
+def _triton_backward(
+    grads: Sequence[Tensor | None], *args: Any, outputs: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    from ..kernels import target_attention_gradient as kernels
+
+    out, lse = outputs
+    grad = torch.zeros_like(out) if grads[0] is None else grads[0]
+    grad_lse = grads[1] if args[6] == "softmax" else None
+    return kernels.target_attention_gradient(grad, grad_lse, *args, out, lse, needs)
+
+
 _op = Op(
     "target_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? bias, float scale, str activation, "
@@ -34,7 +63,10 @@ _op = Op(
     fake=_fake,
     reference=reference.target_attention,
     check_values=_check_values,
-    backends=(Backend("native", refuse_wide, backward=None),),
+    backends=(
+        Backend("native", refuse_wide, backward=None),
+        Backend("triton", _refuse_tiles, _triton, _triton_backward),
+    ),
     autocast=("q", "k", "v"),
 )
 
@@ -77,7 +109,7 @@ def target_attention(
             division by the length is left to the caller) or "sigmoid".
         q_offsets: int64 [B + 1]; user u has the candidates q_offsets[u] .. q_offsets[u + 1] - 1.
         return_lse: return lse too; with the softmax only.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         out [B, C, H, dv] in q's dtype, or (out, lse) with lse [B, C, H] in natural logarithm,

@@ -1,0 +1,194 @@
+"""DIN attention: a small perceptron weighs each item of a history for each candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    FLOATS,
+    check_choice,
+    check_offsets,
+    check_one_dtype,
+    check_same,
+    check_tensor,
+    named_items,
+)
+from .._dispatch import Op
+from ..reference import din_attention as reference
+
+_NEEDED = {"prelu": ("slopes",), "dice": ("slopes", "gains", "shifts")}
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor | None, *rest: object) -> Tensor:
+    return q.new_empty((*q.shape[:-1], (k if v is None else v).shape[1]))
+
+
+def _check_values(q: Tensor, k: Tensor, v: Tensor | None, offsets: Tensor, *rest: Any) -> None:
+    check_offsets(offsets, len(k))
+    if rest[-1] is not None:
+        check_offsets(rest[-1], len(q), "q_offsets")
+
+
+_op = Op(
+    "din_attention",
+    "(Tensor q, Tensor k, Tensor? v, Tensor offsets, Tensor[] weights, Tensor[] biases, "
+    "Tensor[] slopes, Tensor[] gains, Tensor[] shifts, str activation, bool softmax, "
+    "Tensor? q_offsets) -> Tensor",
+    fake=_fake,
+    reference=reference.din_attention,
+    check_values=_check_values,
+    autocast=("q", "k", "v", "weights", "biases", "slopes", "gains", "shifts"),
+)
+
+
+def din_attention(
+    q: Tensor,
+    k: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    v: Tensor | None = None,
+    activation: str = "sigmoid",
+    slopes: Sequence[Tensor] | None = None,
+    gains: Sequence[Tensor] | None = None,
+    shifts: Sequence[Tensor] | None = None,
+    softmax: bool = False,
+    q_offsets: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Weigh each user's history for each candidate with DIN's attention unit, and add it up.
+
+    $o_c = \sum_t w_{ct}\, v_t$, where $w_{ct} = \mathrm{MLP}([q_c, k_t, q_c - k_t, q_c \circ k_t])$
+    as it is, or its softmax over t; t is over the user's rows, and v is k where none is given.
+
+    In PyTorch, per user, with q [C, d] and k [t, d]::
+
+        a, b = q[:, None].expand(C, t, d), k.expand(C, t, d)
+        x = torch.cat([a, b, a - b, a * b], 2)
+        for weight, bias in zip(weights[:-1], biases[:-1]):
+            x = torch.sigmoid(x @ weight + bias)
+        out = (x @ weights[-1] + biases[-1])[..., 0] @ k
+
+    Args:
+        q: [B, C, d] float32, float16, bfloat16 or float64: C candidates for each of B users; or
+            [Q, d] with q_offsets.
+        k: [T, d], q's dtype: the items of all histories, one after the other.
+        offsets: int64 [B + 1]; user u has the rows offsets[u] .. offsets[u + 1] - 1.
+        weights: one tensor per layer, [4 d, h_1], [h_1, h_2], ..., [h_n, 1], q's dtype, one hidden
+            layer or more: the transpose of torch.nn.Linear's weight.
+        biases: likewise, [h_1], ..., [h_n], [1].
+        v: [T, dv], q's dtype: what is added up, if not k.
+        activation: of the hidden layers: "sigmoid", "relu", "silu", "prelu" (x where positive, else
+            slope x) or "dice" (g x + (1 - g) slope x, g = sigmoid(gain x + shift)). In Dice as it
+            is trained, g is of batch-normalised x: for a batch normalisation at rest give
+            gain = weight / sqrt(variance + eps) and shift = bias - mean gain (weight 1 and bias 0
+            where it has none). Statistics of the batch itself are not computed.
+        slopes: for "prelu" and "dice" only, one tensor per hidden layer, [h_l], q's dtype.
+        gains: for "dice" only, likewise.
+        shifts: for "dice" only, likewise.
+        softmax: normalise the weights over the history.
+        q_offsets: int64 [B + 1]; user u has the rows q_offsets[u] .. q_offsets[u + 1] - 1 of q.
+        backend: "auto" or "reference".
+
+    Returns:
+        out, q's shape with dv (d without v) last, q's dtype.
+
+    A history with no rows gives 0 and gradients of 0. B, C and T may be 0. Differentiable once, in
+    all floating tensors.
+
+    Numerics: the reference computes the perceptron in q's dtype and the softmax in float32 (float64
+    for float64). Autocast casts all floating tensors. NaN and inf spread as in PyTorch. The same
+    inputs give the same bits on every run; the reference uses torch's matrix products, whose bits
+    may change with the number of threads. Workspace of the reference: for one user at a time
+    C x t x (8 d + twice the layers' widths) numbers, its gradient for all users at once. Nothing is
+    padded.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device, number of layers or
+        choice, slopes, gains or shifts that the activation has not or lacks, or offsets that do not
+        start at 0, decrease, or do not end at T (q_offsets: at Q). BackendError: the named backend
+        cannot run this.
+
+    Source: Deep Interest Network for Click-Through Rate Prediction (2018), section 4.3.
+
+    Example:
+        >>> linear = [torch.nn.Linear(*io) for io in ((4 * d, 80), (80, 40), (40, 1))]
+        >>> weights, biases = [layer.weight.T for layer in linear], [layer.bias for layer in linear]
+        >>> out = din_attention(q, k, offsets, weights, biases)  # [B, C, d]
+    """
+    users = _check_inputs(q, k, v, offsets, q_offsets)
+    check_choice("activation", activation, reference.ACTIVATIONS)
+    if not isinstance(softmax, bool):
+        raise TypeError(f"softmax: must be True or False, got {softmax!r}")
+    layers = _check_layers(q.shape[-1], weights, biases)
+    widths = [weight.shape[1] for weight in list(layers["weights"].values())[:-1]]
+    given = {"slopes": slopes, "gains": gains, "shifts": shifts}
+    for name, value in given.items():
+        layers[name] = _check_units(name, value, activation, widths)
+    floats = {name: item for group in layers.values() for name, item in group.items()}
+    check_one_dtype(q=q, k=k, v=v, **floats)
+    check_same("device", q=q, k=k, v=v, **users, **floats)
+    lists = [list(group.values()) for group in layers.values()]
+    return _op(q, k, v, offsets, *lists, activation, softmax, q_offsets, backend=backend)
+
+
+def _check_inputs(q: Any, k: Any, v: Any, offsets: Any, q_offsets: Any) -> dict[str, Tensor | None]:
+    """Check candidates, items and what tells users apart, which is returned."""
+    check_tensor("q", q, ("B", "C", "d") if q_offsets is None else ("Q", "d"), FLOATS)
+    if q.shape[-1] < 1:
+        raise ValueError(f"q: d must be at least 1, got shape {list(q.shape)}")
+    check_tensor("k", k, ("T", q.shape[-1]), FLOATS)
+    if v is not None:
+        check_tensor("v", v, (k.shape[0], "dv"), FLOATS)
+        if v.shape[1] < 1:
+            raise ValueError(f"v: dv must be at least 1, got shape {list(v.shape)}")
+    if q_offsets is None:
+        check_tensor("offsets", offsets, (q.shape[0] + 1,), (torch.int64,))
+    else:
+        check_tensor("offsets", offsets, ("B + 1",), (torch.int64,))
+        if offsets.shape[0] < 1:
+            raise ValueError("offsets: must have at least one element, got none")
+        check_tensor("q_offsets", q_offsets, (offsets.shape[0],), (torch.int64,))
+    return {"offsets": offsets, "q_offsets": q_offsets}
+
+
+def _check_layers(dim: int, weights: Any, biases: Any) -> dict[str, dict[str, Tensor]]:
+    """Check that each layer takes what the one before gives, and the last gives one number."""
+    found = {"weights": named_items("weights", weights), "biases": named_items("biases", biases)}
+    depth = len(found["weights"])
+    if depth < 2:
+        raise ValueError(f"weights: needs a hidden layer and the last one, got {depth} in all")
+    if len(found["biases"]) != depth:
+        raise ValueError(f"biases: must be one per layer, {depth}, got {len(found['biases'])}")
+    width, pairs = 4 * dim, zip(found["weights"].items(), found["biases"].items(), strict=True)
+    for number, ((weight_name, weight), (bias_name, bias)) in enumerate(pairs):
+        out: int | str = "h" if number + 1 < depth else 1
+        check_tensor(weight_name, weight, (width, out), FLOATS)
+        if weight.shape[1] < 1:
+            raise ValueError(
+                f"{weight_name}: needs at least one unit, got shape {list(weight.shape)}"
+            )
+        width = weight.shape[1]
+        check_tensor(bias_name, bias, (width,), FLOATS)
+    return found
+
+
+def _check_units(name: str, value: Any, activation: str, widths: Sequence[int]) -> dict[str, Any]:
+    """Check what an activation needs per unit, and that others are not given it."""
+    if name not in _NEEDED.get(activation, ()):
+        if value is not None:
+            raise ValueError(f"{name}: {activation!r} has none, got {type(value).__name__}")
+        return {}
+    if value is None:
+        raise ValueError(f"{name}: needed with activation={activation!r}, got None")
+    found = named_items(name, value)
+    if len(found) != len(widths):
+        raise ValueError(f"{name}: must be one per hidden layer, {len(widths)}, got {len(found)}")
+    for (item_name, item), width in zip(found.items(), widths, strict=True):
+        check_tensor(item_name, item, (width,), FLOATS)
+    return found
