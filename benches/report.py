@@ -21,9 +21,8 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, of which Python knows the folder alone
 
-from livrec_fast.benchmarking import floor_ms, milliseconds, remarks  # noqa: E402
-
 from benches.report_plots import Row, by_length, first_of_ours, plot, plot_lengths  # noqa: E402
+from livrec_fast.benchmarking import floor_ms, milliseconds, remarks  # noqa: E402
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEADING = """# Results

@@ -33,7 +33,7 @@ def target_attention(
     asking = q if q_offsets is None else per_user(q, q_offsets)
     rows = (per_user(values, offsets) for values in (k, v, bias))
     users = zip(asking, *rows, strict=True)
-    pairs = [attend(*user, scale=scale, activation=activation) for user in users]
+    pairs = [attend(*user, scale, activation) for user in users]  # type: ignore[call-arg]
     join = torch.stack if q_offsets is None else torch.cat
     wide = wide_dtype(q.dtype)
     if not pairs:  # B = 0 has no first user to tell the shapes
