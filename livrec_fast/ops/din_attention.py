@@ -17,7 +17,7 @@ from .._checks import (
     check_tensor,
     named_items,
 )
-from .._dispatch import Op
+from .._dispatch import Backend, Op, refuse_native
 from ..reference import din_attention as reference
 
 _NEEDED = {"prelu": ("slopes",), "dice": ("slopes", "gains", "shifts")}
@@ -33,6 +33,12 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor | None, offsets: Tensor, *rest
         check_offsets(rest[-1], len(q), "q_offsets")
 
 
+def _refuse_native(q: Tensor, *rest: object) -> str | None:
+    if q.dtype == torch.float64:
+        return "computes in float32; q is float64"
+    return refuse_native(q)
+
+
 _op = Op(
     "din_attention",
     "(Tensor q, Tensor k, Tensor? v, Tensor offsets, Tensor[] weights, Tensor[] biases, "
@@ -41,6 +47,7 @@ _op = Op(
     fake=_fake,
     reference=reference.din_attention,
     check_values=_check_values,
+    backends=(Backend("native", _refuse_native, backward=None),),
     autocast=("q", "k", "v", "weights", "biases", "slopes", "gains", "shifts"),
 )
 
@@ -93,7 +100,7 @@ def din_attention(
         shifts: for "dice" only, likewise.
         softmax: normalise the weights over the history.
         q_offsets: int64 [B + 1]; user u has the rows q_offsets[u] .. q_offsets[u + 1] - 1 of q.
-        backend: "auto" or "reference".
+        backend: "auto", "native" or "reference".
 
     Returns:
         out, q's shape with dv (d without v) last, q's dtype.
@@ -102,11 +109,20 @@ def din_attention(
     all floating tensors.
 
     Numerics: the reference computes the perceptron in q's dtype and the softmax in float32 (float64
-    for float64). Autocast casts all floating tensors. NaN and inf spread as in PyTorch. The same
-    inputs give the same bits on every run; the reference uses torch's matrix products, whose bits
-    may change with the number of threads. Workspace of the reference: for one user at a time
-    C x t x (8 d + twice the layers' widths) numbers, its gradient for all users at once. Nothing is
-    padded.
+    for float64). The C++ kernel computes in float32 whatever q's dtype is, and the first layer as
+    ((A + D)^T q + b) + (B - D + diag(q) P)^T k, A, B, D and P the parts of its weights for q, k,
+    q - k and q k: a matrix per candidate, a quarter of the products, no pairs; only where q - k
+    nearly vanishes and A and B are far smaller than D does this round more. Autocast casts all
+    floating tensors. NaN and inf spread as in PyTorch. The same inputs give the same bits on every
+    run, the kernel's for any number of threads; the reference uses torch's matrix products, whose
+    bits may change with it.
+
+    Workspace of the kernel, in float32: the weights twice, and per thread k twice and v of one
+    history, d h_1 numbers and 2 x 32 per unit of the widest layer. Its gradient: per thread k and v
+    twice more, 32 (2 layers + 3) per unit of the widest, d h_1; and in 16 parts the sums of all
+    weights and of three times d h_1, and with fewer than 16 users those of k and v, too. Of the
+    reference: for one user at a time C x t x (8 d + twice the layers' widths) numbers, its gradient
+    for all users at once. Nothing is padded.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, number of layers or
