@@ -1,80 +1,20 @@
 #include "prefix_ngram_gradient.h"
 
-#include "halves.h"
+#include "prefix_runs.h"
 
 namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-constexpr int kAhead = 8;        // items whose gradients are asked for in advance
-constexpr int kMostLevels = 64;  // a level of one codeword takes no bits, but counts as one
-
-// Which runs an item goes on with, and which it begins.
-struct Step {
-  int64_t item;
-  int64_t depth;  // known levels
-  int64_t fresh;  // the first level where a run begins; depth where none does
-};
-
-Step step_at(const PrefixGradient& job, int64_t at) {
-  Step step{job.order[at], job.codes.level_count, 0};
-  if (job.depths) step.depth = job.depths[step.item];
-  if (at == 0) return step;
-  const int64_t before = job.depths ? job.depths[job.order[at - 1]] : job.codes.level_count;
-  const uint64_t changed = job.sorted[at] ^ job.sorted[at - 1];
-  while (step.fresh < step.depth && step.fresh < before && changed >> job.shifts[step.fresh] == 0)
-    ++step.fresh;
-  return step;
-}
-
-int64_t grad_row(const PrefixGradient& job, int64_t item) {
-  return job.history ? job.history[item] : item;
-}
-
-// An item's gradient in float32: as it lies, or in `space`.
-const float* grad_of(const PrefixGradient& job, int64_t item, int64_t width, float* space) {
-  const int64_t row = grad_row(job, item);
-  const auto* floats = static_cast<const float*>(job.grad) + row * job.grad_stride;
-  const auto* halves = static_cast<const uint16_t*>(job.grad) + row * job.grad_stride;
-  if (job.grad_type == TableType::f32 && !job.offsets) return floats;
-  const float count =
-      job.offsets ? static_cast<float>(job.offsets[row + 1] - job.offsets[row]) : 1.0f;
-  if (job.grad_type == TableType::f32)
-    for (int64_t d = 0; d < width; ++d) space[d] = floats[d] / count;
-  else if (job.grad_type == TableType::f16)
-    for (int64_t d = 0; d < width; ++d) space[d] = float_of_f16(halves[d]) / count;
-  else
-    for (int64_t d = 0; d < width; ++d) space[d] = float_of_bf16(halves[d]) / count;
-  return space;
-}
-
-LIVREC_INLINE void add(const float* from, int64_t dim, float* to) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(to + d) + load(from + d));
-  for (; d < dim; ++d) to[d] += from[d];
-}
-
-LIVREC_INLINE void copy(const float* from, int64_t dim, float* to) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
-  for (; d < dim; ++d) to[d] = from[d];
-}
-
 // Begins the runs of an item from level `fresh` on, and notes their keys.
 void begin_runs(const PrefixGradient& job, int64_t at, const Step& step, const PrefixRuns& runs,
                 float** to) {
-  const uint64_t word = job.sorted[at];
-  int64_t key = 0, above = 64;
-  for (int64_t l = 0; l < step.depth; ++l) {
-    const PrefixLevel& level = job.codes.levels[l];
-    const int64_t shift = job.shifts[l], bits = above - shift;
-    const uint64_t code = bits >= 64 ? word : (word >> shift) & ((uint64_t{1} << bits) - 1);
-    key = key * level.size + static_cast<int64_t>(code);
-    above = shift;
-    if (l < step.fresh) continue;
+  int64_t keys[kMostLevels];
+  if (step.fresh < step.depth) keys_at(job, at, step.depth, keys);
+  for (int64_t l = step.fresh; l < step.depth; ++l) {
     const int64_t run = runs.starts[l]++;
-    runs.keys[l][run] = key;
-    to[l] = runs.values[l] + run * level.dim;
+    runs.keys[l][run] = keys[l];
+    to[l] = runs.values[l] + run * job.codes.levels[l].dim;
   }
 }
 
