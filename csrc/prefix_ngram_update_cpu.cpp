@@ -7,114 +7,167 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
+constexpr int64_t kBlock = 16;      // items that are gone through level by level, from the cache
 constexpr int64_t kRowsAhead = 16;  // runs whose rows are asked for before they are updated
 
-// The runs of a chunk, as it is gone through.
-struct OpenRuns {
-  const PrefixGradient& job;
-  const PrefixUpdate& update;
-  float* scratch;
-  const int64_t* next[kMostLevels];  // the rows of the runs that will begin
-  const int64_t* last[kMostLevels];  // where they end
-  float* tail[kMostLevels];
-  float* to[kMostLevels];  // where the open run of a level is added up; null: none is open
+// One past the last item of a chunk.
+int64_t end_of(const PrefixGradient& job, int64_t chunk) {
+  const int64_t end = (chunk + 1) * kRunChunk;
+  return end < job.codes.items ? end : job.codes.items;
+}
 
-  // Ends all runs from level `from` on. Where levels are added up, what is inside a run belongs to
-  // the run around it.
-  void end(int64_t from, bool finished) {
-    for (int64_t l = job.codes.level_count - 1; l >= from; --l) {
-      if (!to[l]) continue;
-      const RowUpdate& table = update.tables[l];
-      if (job.sum && l > 0) add(to[l], table.dim, to[l - 1]);
-      if (!finished) continue;
-      if (to[l] == tail[l]) {
-        const int64_t row = next[l][-1];
-        if (row >= 0)
-          step_row(table, row, tail[l], scratch);
-        else
-          copy(tail[l], table.dim, update.slots[l] + ~row * table.dim);
-      }
-      to[l] = nullptr;
+// The runs of a level, as a chunk is gone through.
+struct LevelRuns {
+  const RowUpdate* table;
+  int64_t column;
+  const int64_t* next;  // the rows of the runs that will begin
+  const int64_t* last;  // where these end
+  float* slots;
+  float* head;
+  float* tail;
+  const float* sum;  // of the open run: an item's gradient as it lies, head or tail; null: none
+};
+
+LIVREC_INLINE void finish(LevelRuns& runs, float* scratch) {
+  if (!runs.sum || runs.sum == runs.head) return;
+  const RowUpdate& table = *runs.table;
+  const int64_t row = runs.next[-1];
+  if (row >= 0)
+    step_row(table, row, runs.sum, scratch);
+  else
+    copy(runs.sum, table.dim, runs.slots + ~row * table.dim);
+}
+
+// Goes through a block of items: grads [count] are their gradients.
+void add_block(LevelRuns& runs, int64_t level, const uint8_t* fresh, const uint8_t* depth,
+               const float* const* grads, int64_t count, float* scratch) {
+  const int64_t dim = runs.table->dim;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* grad = grads[i] + runs.column;
+    if (fresh[i] <= level) {
+      finish(runs, scratch);
+      runs.sum = nullptr;
+      if (depth[i] <= level) continue;
+      if (runs.next + kRowsAhead < runs.last && runs.next[kRowsAhead] >= 0)
+        ask(*runs.table, runs.next[kRowsAhead]);
+      ++runs.next;
+      runs.sum = grad;
+    } else if (runs.sum == runs.head || runs.sum == runs.tail) {
+      add(grad, dim, const_cast<float*>(runs.sum));
+    } else {
+      sum_up(runs.sum, grad, dim, runs.tail);
+      runs.sum = runs.tail;
     }
   }
-
-  LIVREC_INLINE void begin(int64_t l) {
-    to[l] = tail[l];
-    if (next[l] + kRowsAhead < last[l]) ask_for(l, next[l][kRowsAhead]);
-    ++next[l];
+  if (runs.sum && runs.sum != runs.head && runs.sum != runs.tail) {
+    copy(runs.sum, dim, runs.tail);
+    runs.sum = runs.tail;
   }
+}
 
-  LIVREC_INLINE void ask_for(int64_t l, int64_t row) {
-    if (row >= 0) ask(update.tables[l], row);
+int64_t width_of(const PrefixGradient& job) {
+  int64_t width = 0;
+  for (int64_t l = 0; l < job.codes.level_count; ++l) {
+    const int64_t end = job.codes.levels[l].column + job.codes.levels[l].dim;
+    width = end > width ? end : width;
   }
-};
+  return width;
+}
+
+LIVREC_INLINE void ask_for_grads(const PrefixGradient& job, int64_t begin, int64_t end,
+                                 int64_t column, int64_t width) {
+  const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
+  for (int64_t at = begin; at < end; ++at)
+    fetch(static_cast<const char*>(job.grad) +
+              (grad_row(job, job.order[at]) * job.grad_stride + column) * size,
+          width * size);
+}
 
 }  // namespace
 
-void prefix_update_rows(const PrefixGradient& job, int64_t chunk, int64_t* const* rows,
-                        int64_t* counts) {
-  const int64_t begin = chunk * kRunChunk, depth = job.codes.level_count;
-  const int64_t end = begin + kRunChunk < job.codes.items ? begin + kRunChunk : job.codes.items;
+void prefix_update_plan(const PrefixGradient& job, int64_t chunk, const PrefixPlan& plan) {
+  const int64_t begin = chunk * kRunChunk, end = end_of(job, chunk), depth = job.codes.level_count;
+  int64_t* counts = plan.counts + chunk * depth;
+  uint8_t same[65];  // levels that words share whose highest different bit is this one; 64: none
+  uint64_t masks[kMostLevels];
   int64_t keys[kMostLevels];
-  for (int64_t l = 0; l < depth; ++l) counts[l] = 0;
+  for (int64_t l = depth - 1, bit = 0; l >= 0; --l) {
+    const int64_t above = l > 0 ? job.shifts[l - 1] : 64;
+    for (; bit < above; ++bit) same[bit] = static_cast<uint8_t>(l);
+    const int64_t bits = above - job.shifts[l];
+    masks[l] = bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
+    counts[l] = 0;
+  }
+  same[64] = static_cast<uint8_t>(depth);
   for (int64_t at = begin; at < end; ++at) {
-    const Step step = step_at(job, at);
-    if (step.fresh == step.depth) continue;
-    keys_at(job, at, step.depth, keys);
-    for (int64_t l = step.fresh; l < step.depth; ++l) rows[l][begin + counts[l]++] = keys[l];
+    const uint64_t word = job.sorted[at], changed = at > 0 ? word ^ job.sorted[at - 1] : 0;
+    const int64_t known = job.depths ? job.depths[job.order[at]] : depth;
+    int64_t fresh = same[changed ? 63 - __builtin_clzll(changed) : 64];
+    if (job.depths && at > 0) {
+      const int64_t before = job.depths[job.order[at - 1]];
+      fresh = fresh < before ? fresh : before;
+    }
+    fresh = at == 0 ? 0 : fresh < known ? fresh : known;
+    plan.fresh[at] = static_cast<uint8_t>(fresh);
+    plan.depth[at] = static_cast<uint8_t>(known);
+    for (int64_t l = at > begin ? fresh : 0; l < known; ++l) {
+      const int64_t code = static_cast<int64_t>((word >> job.shifts[l]) & masks[l]);
+      keys[l] = l > 0 ? keys[l - 1] * job.codes.levels[l].size + code : code;
+      if (l >= fresh) plan.rows[l][begin + counts[l]++] = keys[l];
+    }
   }
   for (int64_t l = 0; l < depth; ++l)
     if (job.codes.levels[l].hash != KeyHash::none)
-      prefix_gradient_hash(job.codes.levels[l], rows[l] + begin, counts[l], rows[l] + begin);
+      prefix_gradient_hash(job.codes.levels[l], plan.rows[l] + begin, counts[l],
+                           plan.rows[l] + begin);
 }
 
-void prefix_update_chunk(const PrefixGradient& job, int64_t chunk, const int64_t* counts,
-                         const PrefixUpdate& update, const PrefixEnds& ends, float* scratch) {
-  const int64_t begin = chunk * kRunChunk, depth = job.codes.level_count;
-  const int64_t end = begin + kRunChunk < job.codes.items ? begin + kRunChunk : job.codes.items;
-  OpenRuns runs{job, update, nullptr, {}, {}, {}, {}};
-  int64_t width = 0, place = 0;
-  const Step first = step_at(job, begin);
+int64_t prefix_update_scratch(const PrefixGradient& job, const PrefixUpdate& update) {
+  int64_t widest = 0;
+  for (int64_t l = 0; l < job.codes.level_count; ++l)
+    widest = update.tables[l].dim > widest ? update.tables[l].dim : widest;
+  return kBlock * width_of(job) + 2 * widest;
+}
+
+void prefix_update_chunk(const PrefixGradient& job, int64_t chunk, const PrefixUpdate& update,
+                         const PrefixEnds& ends, float* scratch) {
+  const int64_t begin = chunk * kRunChunk, end = end_of(job, chunk), depth = job.codes.level_count;
+  const int64_t width = width_of(job);
+  const PrefixPlan& plan = update.plan;
+  float* steps = scratch + kBlock * width;
+  LevelRuns runs[kMostLevels];
+  int64_t place = 0;
   for (int64_t l = 0; l < depth; ++l) {
-    const PrefixLevel& level = job.codes.levels[l];
-    if (level.column + level.dim > width) width = level.column + level.dim;
-    runs.next[l] = update.rows[l] + begin;
-    runs.last[l] = runs.next[l] + counts[l];
-    runs.tail[l] = ends.tail + place;
-    ends.goes_on[l] = l < first.fresh;
-    if (ends.goes_on[l]) runs.to[l] = ends.head + place;
-    for (int64_t i = 0; i < kRowsAhead && i < counts[l]; ++i) runs.ask_for(l, runs.next[l][i]);
-    place += level.dim;
+    const RowUpdate& table = update.tables[l];
+    const int64_t* rows = plan.rows[l] + begin;
+    runs[l] = {&table,
+               job.codes.levels[l].column,
+               rows,
+               rows + plan.counts[chunk * depth + l],
+               update.slots[l],
+               ends.head + place,
+               ends.tail + place,
+               nullptr};
+    if (l < plan.fresh[begin]) runs[l].sum = runs[l].head;
+    for (const int64_t* row = rows; row < runs[l].last && row < rows + kRowsAhead; ++row)
+      if (*row >= 0) ask(table, *row);
+    place += table.dim;
   }
-  runs.scratch = scratch + width;
-  for (int64_t at = begin; at < end; ++at) {
-    const Step step = step_at(job, at);
-    if (at + kAhead < end) {
-      const int64_t row = grad_row(job, job.order[at + kAhead]) * job.grad_stride;
-      const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
-      fetch(static_cast<const char*>(job.grad) + row * size, width * size);
-    }
-    const float* grad = grad_of(job, step.item, width, scratch);
-    runs.end(step.fresh, true);
-    for (int64_t l = step.fresh; l < step.depth; ++l) runs.begin(l);
-    if (job.sum) {
-      for (int64_t l = step.fresh; l < step.depth; ++l)
-        for (int64_t d = 0; d < job.codes.levels[l].dim; ++d) runs.to[l][d] = 0.0f;
-      if (step.depth > 0)
-        add(grad + job.codes.levels[0].column, job.codes.levels[0].dim, runs.to[step.depth - 1]);
-      continue;
-    }
-    for (int64_t l = 0; l < step.depth; ++l) {
-      const PrefixLevel& level = job.codes.levels[l];
-      if (l < step.fresh)
-        add(grad + level.column, level.dim, runs.to[l]);
-      else
-        copy(grad + level.column, level.dim, runs.to[l]);
+  ask_for_grads(job, begin, begin + kBlock < end ? begin + kBlock : end, 0, width);
+  const float* grads[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t stop = at + kBlock < end ? at + kBlock : end;
+    const int64_t after = stop + kBlock < end ? stop + kBlock : end;
+    for (int64_t i = at; i < stop; ++i)
+      grads[i - at] = grad_of(job, job.order[i], width, scratch + (i - at) * width);
+    for (int64_t l = 0; l < depth; ++l) {
+      ask_for_grads(job, stop + (after - stop) * l / depth, stop + (after - stop) * (l + 1) / depth,
+                    0, width);
+      add_block(runs[l], l, plan.fresh + at, plan.depth + at, grads, stop - at, steps);
     }
   }
-  runs.end(0, false);
   for (int64_t l = 0; l < depth; ++l)
-    ends.rows[l] = runs.to[l] == runs.tail[l] ? runs.next[l][-1] : kNoRow;
+    ends.rows[l] = runs[l].sum && runs[l].sum == runs[l].tail ? runs[l].next[-1] : kNoRow;
 }
 
 void prefix_update_slots(const RowUpdate& table, const int64_t* rows, float* slots, int64_t count,

@@ -16,26 +16,26 @@ class GroupUpdate {
         items_(job.codes.items),
         depth_(job.codes.level_count),
         chunks_((items_ + kRunChunk - 1) / kRunChunk),
+        fresh_(static_cast<size_t>(items_)),
+        known_(fresh_.size()),
         noted_(depth_ * items_ * 8),
         counts_(static_cast<size_t>(chunks_ * depth_)) {
     for (int64_t l = 0; l < depth_; ++l) {
       rows_.push_back(static_cast<int64_t*>(noted_.data()) + l * items_);
       wide_ += tables_[l].dim;
-      widest_ = std::max(widest_, tables_[l].dim);
-      width_ = std::max(width_, job_.codes.levels[l].column + tables_[l].dim);
     }
   }
 
   void run() {
+    const PrefixPlan plan{fresh_.data(), known_.data(), rows_.data(), counts_.data()};
     torch::stable::parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        LIVREC_CALL(prefix_update_rows, job_, c, rows_.data(), counts_.data() + c * depth_);
+      for (int64_t c = begin; c < end; ++c) LIVREC_CALL(prefix_update_plan, job_, c, plan);
     });
     for (int64_t l = 0; l < depth_; ++l) {
       slots_.emplace_back();
       if (job_.codes.levels[l].hash != KeyHash::none) give_slots(l);
     }
-    go_through_chunks();
+    go_through_chunks(plan);
     for (int64_t l = 0; l < depth_; ++l) {
       finish_long_runs(l);
       finish_slots(l);
@@ -74,21 +74,20 @@ class GroupUpdate {
     slots.sums = std::make_unique<Scratch>(count * tables_[l].dim * 4);
   }
 
-  void go_through_chunks() {
+  void go_through_chunks(const PrefixPlan& plan) {
     heads_.assign(static_cast<size_t>(chunks_ * wide_), 0.0f);
     tails_.resize(heads_.size());
-    goes_on_ = std::make_unique<bool[]>(static_cast<size_t>(chunks_ * depth_));
     open_.resize(static_cast<size_t>(chunks_ * depth_));
     std::vector<float*> slots;
     for (const Slots& level : slots_) slots.push_back(level.data());
-    const PrefixUpdate update{tables_, rows_.data(), slots.data()};
+    const PrefixUpdate update{tables_, plan, slots.data()};
+    const auto room = static_cast<size_t>(LIVREC_CALL(prefix_update_scratch, job_, update));
     torch::stable::parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(static_cast<size_t>(width_ + 2 * widest_));
+      std::vector<float> scratch(room);
       for (int64_t c = begin; c < end; ++c) {
-        const PrefixEnds ends{heads_.data() + c * wide_, goes_on_.get() + c * depth_,
-                              tails_.data() + c * wide_, open_.data() + c * depth_};
-        LIVREC_CALL(prefix_update_chunk, job_, c, counts_.data() + c * depth_, update, ends,
-                    scratch.data());
+        const PrefixEnds ends{heads_.data() + c * wide_, tails_.data() + c * wide_,
+                              open_.data() + c * depth_};
+        LIVREC_CALL(prefix_update_chunk, job_, c, update, ends, scratch.data());
       }
     });
   }
@@ -113,7 +112,8 @@ class GroupUpdate {
     for (int64_t c = 0; c < chunks_; ++c) {
       const auto at = static_cast<size_t>(c * depth_ + l);
       const float* head = heads_.data() + c * wide_ + place;
-      for (int64_t d = 0; goes_on_[at] && d < dim; ++d) sum[d] += head[d];
+      const bool goes_on = l < fresh_[static_cast<size_t>(c * kRunChunk)];
+      for (int64_t d = 0; goes_on && d < dim; ++d) sum[d] += head[d];
       if (open_[at] == kNoRow) continue;
       finish();
       row = open_[at], sum = tails_.data() + c * wide_ + place;
@@ -140,13 +140,13 @@ class GroupUpdate {
   const RowUpdate* tables_;
   SortedCodes sorted_;
   int64_t items_, depth_, chunks_;
-  int64_t wide_ = 0, widest_ = 0, width_ = 0;
+  int64_t wide_ = 0;  // of the sums of all levels
+  std::vector<uint8_t> fresh_, known_;
   Scratch noted_;
   std::vector<int64_t*> rows_;   // [levels]: [items], the rows of runs, chunk by chunk
   std::vector<int64_t> counts_;  // [chunks, levels]: the runs that begin in a chunk
   std::vector<Slots> slots_;
   std::vector<float> heads_, tails_;  // [chunks, wide]
-  std::unique_ptr<bool[]> goes_on_;   // [chunks, levels]
   std::vector<int64_t> open_;         // [chunks, levels]
 };
 

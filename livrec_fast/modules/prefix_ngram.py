@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_levels
 from ..ops._prefix import check_key_space
+from ..ops.row_update import row_update
 from ._fused import fused_lookup
 from ._lookup import Lookup
 from ._quantized import QuantizedPrefixNgramEmbedding
@@ -167,12 +168,20 @@ class PrefixNgramEmbedding(_CodeEmbedding):
         """
         if self.optimizer is None:
             raise RuntimeError("optimizer: the embedding was made without one")
-        draw = int(self.get_buffer("updates")) * len(self.tables)
-        for level, (table, (rows, sums)) in enumerate(zip(self.tables, found, strict=True)):
+        given = zip(self.tables, *self.next_step(), found, strict=True)
+        for table, state, seed, (rows, sums) in given:
             if table.requires_grad:
-                state = getattr(self, f"state_{level}")
-                self.optimizer.update(table.detach(), state, rows, sums, draw + level)
+                step = {**self.optimizer.step(), "state": state, "seed": seed}
+                row_update(table.detach(), rows, sums, **step)
         self.get_buffer("updates").add_(1)
+
+    def next_step(self) -> tuple[list[Tensor | None], list[int]]:
+        """Return the optimiser's state of each table, and the seeds of its next roundings."""
+        assert self.optimizer is not None
+        levels = range(len(self.tables))
+        first = int(self.get_buffer("updates")) * len(levels)
+        seeds = [self.optimizer.draw_seed(first + level) for level in levels]
+        return [getattr(self, f"state_{level}") for level in levels], seeds
 
     @torch.no_grad()
     def warm_start_from(self, other: PrefixNgramEmbedding) -> Self:

@@ -35,7 +35,7 @@ def _check_values(
 
 update = Op(
     "prefix_ngram_update",
-    "(Tensor(a!)[] tables, Tensor(b!)[] states, Tensor grad, Tensor codes, int[] levels, str mode, "
+    "(Tensor(a!)[] tables, Tensor(b!)[] states, Tensor grad, Tensor codes, int[] levels, str join, "
     "Tensor? offsets, str? pool, str hashing, int[] groups, bool packed, str rule, float lr, "
     "float eps, int[] seeds) -> ()",
     fake=lambda *args: None,
