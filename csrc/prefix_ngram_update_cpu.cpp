@@ -38,11 +38,21 @@ LIVREC_INLINE void finish(LevelRuns& runs, float* scratch) {
     copy(runs.sum, table.dim, runs.slots + ~row * table.dim);
 }
 
-// Goes through a block of items: grads [count] are their gradients.
-void add_block(LevelRuns& runs, int64_t level, const uint8_t* fresh, const uint8_t* depth,
-               const float* const* grads, int64_t count, float* scratch) {
+// Some items and their gradients: in float32 of those at hand, as they lie of those to come.
+struct Block {
+  int64_t begin, count, coming;
+  const float* grads[kBlock];
+  const char* to_come[kBlock];
+};
+
+// Goes through a block of items, and asks for what its level will need of the next one.
+void add_block(LevelRuns& runs, int64_t level, const PrefixPlan& plan, const Block& block,
+               int64_t asked, int64_t bytes, float* scratch) {
+  const uint8_t *fresh = plan.fresh + block.begin, *depth = plan.depth + block.begin;
+  const float* const* grads = block.grads;
   const int64_t dim = runs.table->dim;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    if (i < block.coming) fetch(block.to_come[i] + asked, bytes);
     const float* grad = grads[i] + runs.column;
     if (fresh[i] <= level) {
       finish(runs, scratch);
@@ -74,13 +84,9 @@ int64_t width_of(const PrefixGradient& job) {
   return width;
 }
 
-LIVREC_INLINE void ask_for_grads(const PrefixGradient& job, int64_t begin, int64_t end,
-                                 int64_t column, int64_t width) {
+const char* grad_at(const PrefixGradient& job, int64_t at) {
   const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
-  for (int64_t at = begin; at < end; ++at)
-    fetch(static_cast<const char*>(job.grad) +
-              (grad_row(job, job.order[at]) * job.grad_stride + column) * size,
-          width * size);
+  return static_cast<const char*>(job.grad) + grad_row(job, job.order[at]) * job.grad_stride * size;
 }
 
 }  // namespace
@@ -153,17 +159,20 @@ void prefix_update_chunk(const PrefixGradient& job, int64_t chunk, const PrefixU
       if (*row >= 0) ask(table, *row);
     place += table.dim;
   }
-  ask_for_grads(job, begin, begin + kBlock < end ? begin + kBlock : end, 0, width);
-  const float* grads[kBlock];
+  const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
+  Block block;
+  for (int64_t at = begin; at < begin + kBlock && at < end; ++at)
+    fetch(grad_at(job, at), width * size);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t stop = at + kBlock < end ? at + kBlock : end;
     const int64_t after = stop + kBlock < end ? stop + kBlock : end;
-    for (int64_t i = at; i < stop; ++i)
-      grads[i - at] = grad_of(job, job.order[i], width, scratch + (i - at) * width);
+    block.begin = at, block.count = stop - at, block.coming = after - stop;
+    for (int64_t i = 0; i < block.count; ++i)
+      block.grads[i] = grad_of(job, job.order[at + i], width, scratch + i * width);
+    for (int64_t i = 0; i < block.coming; ++i) block.to_come[i] = grad_at(job, stop + i);
     for (int64_t l = 0; l < depth; ++l) {
-      ask_for_grads(job, stop + (after - stop) * l / depth, stop + (after - stop) * (l + 1) / depth,
-                    0, width);
-      add_block(runs[l], l, plan.fresh + at, plan.depth + at, grads, stop - at, steps);
+      const int64_t bytes = job.sum && l > 0 ? 0 : runs[l].table->dim * size;
+      add_block(runs[l], l, plan, block, runs[l].column * size, bytes, steps);
     }
   }
   for (int64_t l = 0; l < depth; ++l)
