@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._lookup import Lookup
+from ._row_optimizers import next_step
 
 
 class Learner(Protocol):
@@ -15,12 +16,7 @@ class Learner(Protocol):
 
     tables: Any
     optimizer: Any
-
-    def get_buffer(self, name: str) -> Tensor:
-        """Return `updates`, how many there have been."""
-
-    def next_step(self) -> tuple[list[Tensor | None], list[int]]:
-        """Return the optimiser's state of each table, and the seeds of its next roundings."""
+    updates: Any
 
     def apply_gradients(self, found: list[tuple[Tensor, Tensor]]) -> None:
         """Update its tables, given for each the rows and the sums of their gradients."""
@@ -53,7 +49,7 @@ def _in_one_pass(
     grad: Tensor, codes: Tensor, offsets: Tensor | None, packed: bool, lookup: Lookup,
     learners: list[Learner],
 ) -> bool:  # fmt: skip
-    """Update all tables by one op, if they learn alike and are each other's strangers."""
+    """Update all tables in one pass over grad, where one op can; return whether it could."""
     tables, optimizer = _tables(learners), learners[0].optimizer
     alike = all(learner.optimizer == optimizer for learner in learners)
     learning = all(table.requires_grad for learner in learners for table in learner.tables)
@@ -62,16 +58,13 @@ def _in_one_pass(
     states: list[Tensor | None] = []
     seeds: list[int] = []
     for learner in learners:
-        own = learner.next_step()
+        own = next_step(learner)
         states, seeds = states + own[0], seeds + own[1]
-    step = {
-        **optimizer.step(),
-        "states": None if any(state is None for state in states) else states,
-        "seeds": seeds,
-    }
+    kept = [state for state in states if state is not None] or None  # SGD has none
+    step = {**optimizer.step(), "states": kept, "seeds": seeds}
     lookup.update(grad, codes, tables, offsets, packed, **step)
     for learner in learners:
-        learner.get_buffer("updates").add_(1)
+        learner.updates.add_(1)
     return True
 
 

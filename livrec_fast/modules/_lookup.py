@@ -54,7 +54,7 @@ class Lookup:
 
     def updates_in_one_pass(self, grad: Tensor, codes: Tensor, tables: Sequence[Tensor]) -> bool:
         """Tell whether `update` is more than `gradient` and `row_update` one after the other."""
-        args = tables, [], grad, codes, self.levels
+        args: list[Any] = [tables, [], grad, codes, self.levels]
         try:
             chosen = OPS["prefix_ngram_update"].choose(args, self.backend)
         except BackendError:  # the backend has no such op

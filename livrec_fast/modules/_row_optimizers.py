@@ -112,4 +112,12 @@ class RowwiseAdagrad(RowOptimizer):
         return (len(table),)
 
 
+def next_step(module: Any) -> tuple[list[Tensor | None], list[int]]:
+    """Return the state of each of a module's tables, and the seeds of its next roundings."""
+    levels = range(len(module.tables))
+    first = int(module.updates) * len(levels)
+    seeds = [module.optimizer.draw_seed(first + level) for level in levels]
+    return [getattr(module, f"state_{level}") for level in levels], seeds
+
+
 OPTIMIZERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowwiseAdagrad)}

@@ -16,7 +16,7 @@ from ..ops.row_update import row_update
 from ._fused import fused_lookup
 from ._lookup import Lookup
 from ._quantized import QuantizedPrefixNgramEmbedding
-from ._row_optimizers import RowOptimizer
+from ._row_optimizers import RowOptimizer, next_step
 from ._table_files import Path, assign, check_version, read_tables, write_tables
 
 
@@ -168,20 +168,12 @@ class PrefixNgramEmbedding(_CodeEmbedding):
         """
         if self.optimizer is None:
             raise RuntimeError("optimizer: the embedding was made without one")
-        given = zip(self.tables, *self.next_step(), found, strict=True)
+        given = zip(self.tables, *next_step(self), found, strict=True)
         for table, state, seed, (rows, sums) in given:
             if table.requires_grad:
                 step = {**self.optimizer.step(), "state": state, "seed": seed}
                 row_update(table.detach(), rows, sums, **step)
         self.get_buffer("updates").add_(1)
-
-    def next_step(self) -> tuple[list[Tensor | None], list[int]]:
-        """Return the optimiser's state of each table, and the seeds of its next roundings."""
-        assert self.optimizer is not None
-        levels = range(len(self.tables))
-        first = int(self.get_buffer("updates")) * len(levels)
-        seeds = [self.optimizer.draw_seed(first + level) for level in levels]
-        return [getattr(self, f"state_{level}") for level in levels], seeds
 
     @torch.no_grad()
     def warm_start_from(self, other: PrefixNgramEmbedding) -> Self:

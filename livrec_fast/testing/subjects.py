@@ -46,7 +46,7 @@ class Subject:
         else:
             with intercepted(lambda op, args: self.oracle.function(*args)):
                 returned = self.function(**inputs)
-        return tuple(tensors_of(changed.values())) if changed else returned
+        return tuple(tensors_of(list(changed.values()))) if changed else returned
 
     def arguments(self, inputs: Inputs) -> list[Any]:
         """Return the operator's arguments for the public function's `inputs`."""
