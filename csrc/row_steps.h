@@ -57,7 +57,8 @@ inline void narrow_at_random(const float* from, const RowUpdate& job, int64_t ro
   }
 }
 
-inline void move(const RowUpdate& job, int64_t row, const float* grad, float* to, float* space) {
+LIVREC_INLINE void move(const RowUpdate& job, int64_t row, const float* grad, float* to,
+                        float* space) {
   const int64_t dim = job.dim;
   float* state = job.state ? job.state + row * job.state_stride : nullptr;
   if (job.rule == RowRule::adagrad) {
@@ -73,7 +74,9 @@ inline void move(const RowUpdate& job, int64_t row, const float* grad, float* to
     *state += square_of(grad, dim) / static_cast<float>(dim);
     rate /= __builtin_sqrtf(*state) + job.eps;
   }
-  for (int64_t d = 0; d < dim; ++d) to[d] -= rate * grad[d];
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(to + d) - rate * load(grad + d));
+  for (; d < dim; ++d) to[d] -= rate * grad[d];
 }
 
 LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
@@ -84,7 +87,7 @@ LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
 }
 
 // Moves a row, given its gradient. scratch [2 dim].
-inline void step_row(const RowUpdate& job, int64_t row, const float* grad, float* scratch) {
+LIVREC_INLINE void step_row(const RowUpdate& job, int64_t row, const float* grad, float* scratch) {
   const int64_t dim = job.dim;
   if (job.type == RowType::f32) {
     float* own = static_cast<float*>(job.table) + row * job.stride;
