@@ -82,9 +82,10 @@ class GroupUpdate {
     for (const Slots& level : slots_) slots.push_back(level.data());
     const PrefixUpdate update{tables_, plan, slots.data()};
     const auto room = static_cast<size_t>(LIVREC_CALL(prefix_update_scratch, job_, update));
-    torch::stable::parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
+    std::atomic<int64_t> next{0};  // sparse codes take longer than dense ones, and lie together
+    torch::stable::parallel_for(0, chunks_, 1, [&](int64_t, int64_t) {
       std::vector<float> scratch(room);
-      for (int64_t c = begin; c < end; ++c) {
+      for (int64_t c = next++; c < chunks_; c = next++) {
         const PrefixEnds ends{heads_.data() + c * wide_, tails_.data() + c * wide_,
                               open_.data() + c * depth_};
         LIVREC_CALL(prefix_update_chunk, job_, c, update, ends, scratch.data());
