@@ -1,20 +1,46 @@
 #include "prefix_ngram_gradient.h"
 
-#include "prefix_runs.h"
+#include "prefix_grads.h"
 
 namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
+constexpr int kAhead = 8;  // items whose gradients are asked for in advance
+
+// Which runs an item goes on with, and which it begins.
+struct Step {
+  int64_t item;
+  int64_t depth;  // known levels
+  int64_t fresh;  // the first level where a run begins; depth where none does
+};
+
+Step step_at(const PrefixGradient& job, int64_t at) {
+  Step step{job.order[at], job.codes.level_count, 0};
+  if (job.depths) step.depth = job.depths[step.item];
+  if (at == 0) return step;
+  const int64_t before = job.depths ? job.depths[job.order[at - 1]] : job.codes.level_count;
+  const uint64_t changed = job.sorted[at] ^ job.sorted[at - 1];
+  while (step.fresh < step.depth && step.fresh < before && changed >> job.shifts[step.fresh] == 0)
+    ++step.fresh;
+  return step;
+}
+
 // Begins the runs of an item from level `fresh` on, and notes their keys.
 void begin_runs(const PrefixGradient& job, int64_t at, const Step& step, const PrefixRuns& runs,
                 float** to) {
-  int64_t keys[kMostLevels];
-  if (step.fresh < step.depth) keys_at(job, at, step.depth, keys);
-  for (int64_t l = step.fresh; l < step.depth; ++l) {
+  const uint64_t word = job.sorted[at];
+  int64_t key = 0, above = 64;
+  for (int64_t l = 0; l < step.depth; ++l) {
+    const PrefixLevel& level = job.codes.levels[l];
+    const int64_t shift = job.shifts[l], bits = above - shift;
+    const uint64_t code = bits >= 64 ? word : (word >> shift) & ((uint64_t{1} << bits) - 1);
+    key = key * level.size + static_cast<int64_t>(code);
+    above = shift;
+    if (l < step.fresh) continue;
     const int64_t run = runs.starts[l]++;
-    runs.keys[l][run] = keys[l];
-    to[l] = runs.values[l] + run * job.codes.levels[l].dim;
+    runs.keys[l][run] = key;
+    to[l] = runs.values[l] + run * level.dim;
   }
 }
 

@@ -1,6 +1,6 @@
 #include "prefix_ngram_update.h"
 
-#include "prefix_runs.h"
+#include "prefix_grads.h"
 #include "row_steps.h"
 
 namespace livrec {

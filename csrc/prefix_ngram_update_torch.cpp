@@ -1,5 +1,7 @@
 #include "prefix_ngram_update.h"
 
+#include <memory>
+
 #include "prefix_sorted_torch.h"
 #include "row_update_torch.h"
 

@@ -1,5 +1,4 @@
-// Runs of equal prefixes among sorted codes, for the CPU kernels; see vectors.h for how it is
-// included.
+// Gradients of items and their sums, for the CPU kernels; see vectors.h for how it is included.
 #pragma once
 
 #include "halves.h"
@@ -9,26 +8,7 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-constexpr int kAhead = 8;        // items whose gradients are asked for in advance
 constexpr int kMostLevels = 64;  // a level of one codeword takes no bits, but counts as one
-
-// Which runs an item goes on with, and which it begins.
-struct Step {
-  int64_t item;
-  int64_t depth;  // known levels
-  int64_t fresh;  // the first level where a run begins; depth where none does
-};
-
-inline Step step_at(const PrefixGradient& job, int64_t at) {
-  Step step{job.order[at], job.codes.level_count, 0};
-  if (job.depths) step.depth = job.depths[step.item];
-  if (at == 0) return step;
-  const int64_t before = job.depths ? job.depths[job.order[at - 1]] : job.codes.level_count;
-  const uint64_t changed = job.sorted[at] ^ job.sorted[at - 1];
-  while (step.fresh < step.depth && step.fresh < before && changed >> job.shifts[step.fresh] == 0)
-    ++step.fresh;
-  return step;
-}
 
 inline int64_t grad_row(const PrefixGradient& job, int64_t item) {
   return job.history ? job.history[item] : item;
@@ -49,18 +29,6 @@ inline const float* grad_of(const PrefixGradient& job, int64_t item, int64_t wid
   else
     for (int64_t d = 0; d < width; ++d) space[d] = float_of_bf16(halves[d]) / count;
   return space;
-}
-
-// The keys of a sorted item's prefixes, for its known levels.
-inline void keys_at(const PrefixGradient& job, int64_t at, int64_t depth, int64_t* keys) {
-  const uint64_t word = job.sorted[at];
-  int64_t key = 0, above = 64;
-  for (int64_t l = 0; l < depth; ++l) {
-    const int64_t shift = job.shifts[l], bits = above - shift;
-    const uint64_t code = bits >= 64 ? word : (word >> shift) & ((uint64_t{1} << bits) - 1);
-    keys[l] = key = key * job.codes.levels[l].size + static_cast<int64_t>(code);
-    above = shift;
-  }
 }
 
 LIVREC_INLINE void add(const float* from, int64_t dim, float* to) {
