@@ -1,30 +1,9 @@
 #include "row_update.h"
 
-#include <optional>
-#include <string>
-
-#include "torch_glue.h"
+#include "row_update_torch.h"
 
 namespace livrec {
 namespace {
-
-RowType row_type(const Tensor& table) {
-  const auto type = table.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-      "table: must be float32, float16 or bfloat16");
-  return type == ScalarType::Float  ? RowType::f32
-         : type == ScalarType::Half ? RowType::f16
-                                    : RowType::bf16;
-}
-
-RowRule row_rule(const std::string& rule) {
-  STD_TORCH_CHECK(rule == "sgd" || rule == "adagrad" || rule == "rowwise_adagrad",
-                  "rule: must be sgd, adagrad or rowwise_adagrad");
-  return rule == "sgd"       ? RowRule::sgd
-         : rule == "adagrad" ? RowRule::adagrad
-                             : RowRule::rowwise_adagrad;
-}
 
 void check_rows(const int64_t* rows, int64_t count, int64_t height) {
   FirstBad first_bad;
@@ -47,28 +26,9 @@ void row_update(const Tensor& table, const std::optional<Tensor>& state, const T
                       sums.dim() == 2 && sums.size(0) == count && sums.size(1) == table.size(1) &&
                       sums.scalar_type() == ScalarType::Float,
                   "sums: must be float32 [n, d] for rows int64 [n] of a table [H, d]");
-  RowUpdate job{};
-  job.table = table.mutable_data_ptr();
-  job.type = row_type(table);
-  job.stride = table.stride(0), job.column_stride = table.stride(1);
+  RowUpdate job = row_job(table, state, rule, lr, eps, seed);
   job.rows = rows.const_data_ptr<int64_t>();
   job.sums = sums.const_data_ptr<float>();
-  job.dim = table.size(1);
-  job.rule = row_rule(rule);
-  job.lr = static_cast<float>(lr), job.eps = static_cast<float>(eps);
-  job.seed = static_cast<uint64_t>(seed);
-  STD_TORCH_CHECK(state.has_value() == (job.rule != RowRule::sgd),
-                  "state: Adagrad's, and its alone");
-  if (state) {
-    const bool wide = job.rule == RowRule::adagrad;
-    STD_TORCH_CHECK(state->dim() == (wide ? 2 : 1) && state->size(0) == table.size(0) &&
-                        (!wide || state->size(1) == job.dim) &&
-                        state->scalar_type() == ScalarType::Float,
-                    "state: must be float32 [H, d] for adagrad, [H] for rowwise_adagrad");
-    job.state = state->mutable_data_ptr<float>();
-    job.state_stride = state->stride(0);
-    job.state_column_stride = wide ? state->stride(1) : 1;
-  }
   check_rows(job.rows, count, table.size(0));
   torch::stable::parallel_for(0, count, 512, [&](int64_t begin, int64_t end) {
     const Scratch scratch(2 * job.dim * 4);

@@ -15,6 +15,7 @@ from .ops.pack_codes import pack_codes, unpack_codes
 from .ops.prefix_ngram import prefix_ngram_lookup
 from .ops.prefix_ngram_gradient import prefix_ngram_gradient
 from .ops.prefix_ngram_keys import prefix_ngram_keys
+from .ops.prefix_ngram_update import prefix_ngram_update
 from .ops.residual_kmeans import (
     ResidualKMeansDetails,
     residual_kmeans_decode,
@@ -74,6 +75,7 @@ __all__ = [
     "prefix_ngram_gradient",
     "prefix_ngram_keys",
     "prefix_ngram_lookup",
+    "prefix_ngram_update",
     "residual_kmeans_decode",
     "residual_kmeans_details",
     "residual_kmeans_encode",

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ._lookup import Lookup
+from ._row_optimizers import next_step
 
 
 class Learner(Protocol):
     """What owns tables and can update them."""
 
     tables: Any
+    optimizer: Any
+    updates: Any
 
     def apply_gradients(self, found: list[tuple[Tensor, Tensor]]) -> None:
         """Update its tables, given for each the rows and the sums of their gradients."""
@@ -33,11 +36,36 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         codes, offsets = ctx.saved_tensors
         packed, lookup, learners = ctx.rest
+        if _in_one_pass(grad, codes, offsets, packed, lookup, learners):
+            return (None,) * 6
         found = lookup.gradient(grad, codes, _tables(learners), offsets, packed)
         for learner in learners:
             own, found = found[: len(learner.tables)], found[len(learner.tables) :]
             learner.apply_gradients(own)
         return (None,) * 6
+
+
+def _in_one_pass(
+    grad: Tensor, codes: Tensor, offsets: Tensor | None, packed: bool, lookup: Lookup,
+    learners: list[Learner],
+) -> bool:  # fmt: skip
+    """Update all tables in one pass over grad, where one op can; return whether it could."""
+    tables, optimizer = _tables(learners), learners[0].optimizer
+    alike = all(learner.optimizer == optimizer for learner in learners)
+    learning = all(table.requires_grad for learner in learners for table in learner.tables)
+    if not (alike and learning and lookup.updates_in_one_pass(grad, codes, tables)):
+        return False
+    states: list[Tensor | None] = []
+    seeds: list[int] = []
+    for learner in learners:
+        own = next_step(learner)
+        states, seeds = states + own[0], seeds + own[1]
+    kept = [state for state in states if state is not None] or None  # SGD has none
+    step = {**optimizer.step(), "states": kept, "seeds": seeds}
+    lookup.update(grad, codes, tables, offsets, packed, **step)
+    for learner in learners:
+        learner.updates.add_(1)
+    return True
 
 
 def _tables(learners: list[Learner]) -> list[Tensor]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .._dispatch import OPS, BackendError
 from ..ops.prefix_ngram import prefix_ngram_lookup
 from ..ops.prefix_ngram_gradient import prefix_ngram_gradient
 from ..ops.prefix_ngram_keys import prefix_ngram_keys
+from ..ops.prefix_ngram_update import prefix_ngram_update
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,24 @@ class Lookup:
         given = self._given(offsets, packed)
         found = prefix_ngram_gradient(grad, codes, self.levels, rows, dims, **given)
         return list(zip(found[::2], found[1::2], strict=True))
+
+    def update(
+        self, grad: Tensor, codes: Tensor, tables: Sequence[Tensor], offsets: Tensor | None,
+        packed: bool, **step: Any,
+    ) -> None:  # fmt: skip
+        """Take a step of an optimiser on the rows that codes read, in one pass over grad."""
+        given = self._given(offsets, packed)
+        prefix_ngram_update(tables, grad, codes, self.levels, **given, **step)
+
+    def updates_in_one_pass(self, grad: Tensor, codes: Tensor, tables: Sequence[Tensor]) -> bool:
+        """Tell whether `update` is more than `gradient` and `row_update` one after the other."""
+        args: list[Any] = [tables, [], grad, codes, self.levels]
+        try:
+            chosen = OPS["prefix_ngram_update"].choose(args, self.backend)
+        except BackendError:  # the backend has no such op
+            return False
+        apart = len({table.data_ptr() for table in tables}) == len(tables)
+        return chosen == "native" and apart
 
     def keys(self, codes: Tensor, rows: Sequence[int], packed: bool) -> Tensor:
         """Return which of the tables' rows codes read."""

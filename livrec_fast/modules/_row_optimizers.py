@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.row_update import row_update
-
 
 @dataclass(frozen=True)
 class RowOptimizer:
@@ -36,14 +34,14 @@ class RowOptimizer:
         wide = torch.float64 if table.dtype == torch.float64 else torch.float32
         return None if shape is None else torch.zeros(shape, dtype=wide, device=table.device)
 
-    def update(
-        self, table: Tensor, state: Tensor | None, rows: Tensor, sums: Tensor, draw: int
-    ) -> None:
-        """Move distinct rows; of float16 and bfloat16 with the draw-th of the seed's roundings."""
-        given: dict[str, Any] = {"rule": self.rule, "lr": self.lr, "state": state}
+    def step(self) -> dict[str, Any]:
+        """Return what `row_update` and `prefix_ngram_update` take of the optimiser."""
         eps = {"eps": self.eps} if hasattr(self, "eps") else {}
-        seed = (self.seed * 1_000_003 + draw) % 2**63
-        row_update(table, rows, sums, **given, **eps, seed=seed)
+        return {"rule": self.rule, "lr": self.lr, **eps}
+
+    def draw_seed(self, draw: int) -> int:
+        """Return the seed of the draw-th roundings of float16 and bfloat16 rows."""
+        return (self.seed * 1_000_003 + draw) % 2**63
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,14 @@ class RowwiseAdagrad(RowOptimizer):
     def state_shape(self, table: Tensor) -> tuple[int, ...]:
         """Return [H]."""
         return (len(table),)
+
+
+def next_step(module: Any) -> tuple[list[Tensor | None], list[int]]:
+    """Return the state of each of a module's tables, and the seeds of its next roundings."""
+    levels = range(len(module.tables))
+    first = int(module.updates) * len(levels)
+    seeds = [module.optimizer.draw_seed(first + level) for level in levels]
+    return [getattr(module, f"state_{level}") for level in levels], seeds
 
 
 OPTIMIZERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowwiseAdagrad)}

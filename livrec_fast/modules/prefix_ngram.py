@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_levels
 from ..ops._prefix import check_key_space
+from ..ops.row_update import row_update
 from ._fused import fused_lookup
 from ._lookup import Lookup
 from ._quantized import QuantizedPrefixNgramEmbedding
-from ._row_optimizers import RowOptimizer
+from ._row_optimizers import RowOptimizer, next_step
 from ._table_files import Path, assign, check_version, read_tables, write_tables
 
 
@@ -167,11 +168,11 @@ class PrefixNgramEmbedding(_CodeEmbedding):
         """
         if self.optimizer is None:
             raise RuntimeError("optimizer: the embedding was made without one")
-        draw = int(self.get_buffer("updates")) * len(self.tables)
-        for level, (table, (rows, sums)) in enumerate(zip(self.tables, found, strict=True)):
+        given = zip(self.tables, *next_step(self), found, strict=True)
+        for table, state, seed, (rows, sums) in given:
             if table.requires_grad:
-                state = getattr(self, f"state_{level}")
-                self.optimizer.update(table.detach(), state, rows, sums, draw + level)
+                step = {**self.optimizer.step(), "state": state, "seed": seed}
+                row_update(table.detach(), rows, sums, **step)
         self.get_buffer("updates").add_(1)
 
     @torch.no_grad()

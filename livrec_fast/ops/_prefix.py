@@ -15,7 +15,9 @@ from .._checks import (
     check_codes,
     check_levels,
     check_offsets,
+    check_same,
     check_tensor,
+    named_items,
 )
 from ..reference.pack_codes import packed_bytes, unpack_codes
 from ..reference.prefix_ngram import groups_of
@@ -52,6 +54,27 @@ def check_arguments(
     else:
         check_tensor("codes", codes, (items, len(sizes)), INTEGERS)
     return sizes, parts
+
+
+def check_tables(
+    tables: Any, depth: int, mode: str, dtypes: Sequence[torch.dtype]
+) -> dict[str, Tensor]:
+    """Check a table per level, of one dtype; return them by name."""
+    named = named_items("tables", tables)
+    if len(named) != depth:
+        raise ValueError(f"tables: must be one per level, {depth}, got {len(named)}")
+    dims: list[int] = []
+    for level, (name, table) in enumerate(named.items(), 1):
+        check_tensor(name, table, (f"H_{level}", f"d_{level}"), dtypes)
+        if table.shape[0] < 1 or table.shape[1] < 1:
+            raise ValueError(f"{name}: must have a row and a column, got {list(table.shape)}")
+        dims.append(table.shape[1])
+        if mode == "sum" and dims[-1] != dims[0]:
+            raise ValueError(
+                f"{name}: mode 'sum' needs one d, that of tables[0], {dims[0]}, got {dims[-1]}"
+            )
+    check_same("dtype", **named)
+    return named
 
 
 def check_pooling(offsets: Tensor | None, pool: str | None) -> None:

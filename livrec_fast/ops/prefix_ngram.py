@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import FLOATS, check_same, check_tensor, named_items
 from .._dispatch import Backend, Op, refuse_native, refuse_triton
 from ..reference import prefix_ngram as reference
-from ._prefix import check_arguments, check_contents, check_pooling
+from ._prefix import check_arguments, check_contents, check_pooling, check_tables
 from .prefix_ngram_gradient import gradient
 
 # The operator's arguments but for tables: everything that says which rows of them are read.
@@ -134,24 +134,6 @@ class _Sparse(torch.autograd.Function):
         return (None, None, None, *sparse)
 
 
-def _check_tables(tables: Sequence[Tensor], depth: int, mode: str) -> dict[str, Tensor]:
-    named = named_items("tables", tables)
-    if len(named) != depth:
-        raise ValueError(f"tables: must be one per level, {depth}, got {len(named)}")
-    dims: list[int] = []
-    for level, (name, table) in enumerate(named.items(), 1):
-        check_tensor(name, table, (f"H_{level}", f"d_{level}"), (*FLOATS, torch.int8))
-        if table.shape[0] < 1 or table.shape[1] < 1:
-            raise ValueError(f"{name}: must have a row and a column, got {list(table.shape)}")
-        dims.append(table.shape[1])
-        if mode == "sum" and dims[-1] != dims[0]:
-            raise ValueError(
-                f"{name}: mode 'sum' needs one d, that of tables[0], {dims[0]}, got {dims[-1]}"
-            )
-    check_same("dtype", **named)
-    return named
-
-
 def _check_scales(scales: Sequence[Tensor] | None, tables: dict[str, Tensor]) -> list[Tensor]:
     first = next(iter(tables.values()))
     if scales is None:
@@ -245,7 +227,7 @@ def prefix_ngram_lookup(
         >>> e = prefix_ngram_lookup(codes, [coarse, fine], (64, 64))  # [M, d_1 + d_2]
     """
     sizes, parts = check_arguments(codes, levels, mode, hashing, groups, packed)
-    named = _check_tables(tables, len(sizes), mode)
+    named = check_tables(tables, len(sizes), mode, (*FLOATS, torch.int8))
     factors = _check_scales(scales, named)
     check_pooling(offsets, pool)
     check_same("device", codes=codes, offsets=offsets, **named)

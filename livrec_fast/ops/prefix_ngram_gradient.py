@@ -14,12 +14,17 @@ from ..reference import prefix_ngram_gradient as reference
 from ._prefix import check_arguments, check_contents, check_pooling
 
 
+def refuse_sorting(levels: Sequence[int]) -> str | None:
+    """Say why codes of these levels cannot be sorted by the C++ kernels, or None."""
+    if sum((size - 1).bit_length() for size in levels) > 63 or len(levels) > 63:  # of all groups
+        return "sorts codes side by side: at most 63 bits of them"
+    return None
+
+
 def _refuse_native(grad: Tensor, codes: Tensor, levels: Sequence[int], *rest: object) -> str | None:
     if grad.dtype == torch.float64:
         return "computes in float32; grad is float64"
-    if sum((size - 1).bit_length() for size in levels) > 63 or len(levels) > 63:  # of all groups
-        return "sorts codes side by side: at most 63 bits of them"
-    return refuse_native(codes)
+    return refuse_sorting(levels) or refuse_native(codes)
 
 
 def _refuse_triton(grad: Tensor, codes: Tensor, levels: Sequence[int], *rest: object) -> str | None:

@@ -97,28 +97,33 @@ def row_update(
         >>> rows, sums = prefix_ngram_gradient(grad, codes, (64,), (64,), (32,))
         >>> row_update(table, rows, sums, rule="rowwise_adagrad", lr=0.05, state=state)
     """
-    check_choice("rule", rule, reference.RULES)
-    for name, value in {"lr": lr, "eps": eps}.items():
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name}: must be positive and finite, got {value!r}")
+    check_step(rule, lr, eps)
     check_tensor("table", table, ("H", "d"), FLOATS)
     wide = (torch.float64 if table.dtype == torch.float64 else torch.float32,)
     check_tensor("rows", rows, ("n",), (torch.int64,))
     check_tensor("sums", sums, (rows.shape[0], table.shape[1]), wide)
-    _check_state(state, rule, table, wide)
+    check_state("state", state, rule, table)
     check_same("device", table=table, rows=rows, sums=sums, state=state)
     given: list[Any] = [table.detach(), None if state is None else state.detach()]
     _op(*given, rows, sums.detach(), rule, float(lr), float(eps), seed, backend=backend)
     torch.autograd.graph.increment_version(table)  # graphs that saved it must not use it now
 
 
-def _check_state(
-    state: Tensor | None, rule: str, table: Tensor, wide: tuple[torch.dtype, ...]
-) -> None:
+def check_step(rule: str, lr: float, eps: float) -> None:
+    """Check what says how rows are moved."""
+    check_choice("rule", rule, reference.RULES)
+    for name, value in {"lr": lr, "eps": eps}.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name}: must be positive and finite, got {value!r}")
+
+
+def check_state(name: str, state: Any, rule: str, table: Tensor) -> None:
+    """Check the state of a table, None where the rule has none."""
     if rule == "sgd":
         if state is not None:
-            raise ValueError("state: rule 'sgd' has none, got a tensor")
+            raise ValueError(f"{name}: rule 'sgd' has none, got {type(state).__name__}")
         return
     if state is None:
-        raise ValueError(f"state: rule {rule!r} needs it, got None")
-    check_tensor("state", state, tuple(table.shape) if rule == "adagrad" else table.shape[:1], wide)
+        raise ValueError(f"{name}: rule {rule!r} needs it, got None")
+    wide = (torch.float64 if table.dtype == torch.float64 else torch.float32,)
+    check_tensor(name, state, tuple(table.shape) if rule == "adagrad" else table.shape[:1], wide)

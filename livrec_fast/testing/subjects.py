@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._autograd import tensors_of
 from .._dispatch import OPS, Op, intercepted
 from ..reference._oracle import Oracle
 
@@ -45,7 +46,7 @@ class Subject:
         else:
             with intercepted(lambda op, args: self.oracle.function(*args)):
                 returned = self.function(**inputs)
-        return tuple(changed.values()) if changed else returned
+        return tuple(tensors_of(list(changed.values()))) if changed else returned
 
     def arguments(self, inputs: Inputs) -> list[Any]:
         """Return the operator's arguments for the public function's `inputs`."""
@@ -59,9 +60,10 @@ class Subject:
             self.function(**{**inputs, **self._changed(inputs)})
         return seen
 
-    def _changed(self, inputs: Inputs) -> dict[str, Tensor]:
+    def _changed(self, inputs: Inputs) -> dict[str, Any]:
         """Copy the inputs that the op changes in place."""
-        return {n: inputs[n].clone() for n in self.op.mutates if inputs[n] is not None}
+        given = {n: inputs[n] for n in self.op.mutates if inputs[n] is not None}
+        return map_tensors(lambda _, t: t.clone(), given)
 
     def refusal(self, inputs: Inputs, backend: str) -> str | None:
         """Say what speaks against a backend for these inputs, or None."""

@@ -1,0 +1,54 @@
+// Gradients of items and their sums, for the CPU kernels; see vectors.h for how it is included.
+#pragma once
+
+#include "halves.h"
+#include "prefix_ngram_gradient.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+constexpr int kMostLevels = 64;  // a level of one codeword takes no bits, but counts as one
+
+inline int64_t grad_row(const PrefixGradient& job, int64_t item) {
+  return job.history ? job.history[item] : item;
+}
+
+// An item's gradient in float32: as it lies, or in `space`.
+inline const float* grad_of(const PrefixGradient& job, int64_t item, int64_t width, float* space) {
+  const int64_t row = grad_row(job, item);
+  const auto* floats = static_cast<const float*>(job.grad) + row * job.grad_stride;
+  const auto* halves = static_cast<const uint16_t*>(job.grad) + row * job.grad_stride;
+  if (job.grad_type == TableType::f32 && !job.offsets) return floats;
+  const float count =
+      job.offsets ? static_cast<float>(job.offsets[row + 1] - job.offsets[row]) : 1.0f;
+  if (job.grad_type == TableType::f32)
+    for (int64_t d = 0; d < width; ++d) space[d] = floats[d] / count;
+  else if (job.grad_type == TableType::f16)
+    for (int64_t d = 0; d < width; ++d) space[d] = float_of_f16(halves[d]) / count;
+  else
+    for (int64_t d = 0; d < width; ++d) space[d] = float_of_bf16(halves[d]) / count;
+  return space;
+}
+
+LIVREC_INLINE void add(const float* from, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(to + d) + load(from + d));
+  for (; d < dim; ++d) to[d] += from[d];
+}
+
+LIVREC_INLINE void sum_up(const float* a, const float* b, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(a + d) + load(b + d));
+  for (; d < dim; ++d) to[d] = a[d] + b[d];
+}
+
+LIVREC_INLINE void copy(const float* from, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+  for (; d < dim; ++d) to[d] = from[d];
+}
+
+}  // namespace
+}  // namespace LIVREC_ISA
+}  // namespace livrec
