@@ -7,7 +7,7 @@
 namespace livrec {
 namespace {
 
-constexpr int64_t kGroups = 16;           // sums of users are added up in so many parts
+constexpr int64_t kGroups = 16;           // sums of users are added up in so many parts, or fewer
 constexpr int64_t kDenseBytes = 4 << 20;  // a field's sums, where every row has its place
 
 // Gradients of one field's rows, [heads, d + dv] each, from the users of a group.
@@ -104,9 +104,17 @@ class Gradient {
                        ? empty_cpu({call.codes.items, call.heads}, ScalarType::Float)
                        : empty_cpu({call.bias ? call.codes.items : 0}, ScalarType::Float)) {}
 
+  // Every part has sums for all rows of small tables: not worth it where items are fewer than they.
+  int64_t parts() const {
+    int64_t rows = 1;
+    for (const Tensor& table : call_.key_tables) rows += table.size(0);
+    const int64_t reads = call_.codes.items * static_cast<int64_t>(call_.keys.size());
+    return std::min(call_.users, std::clamp<int64_t>(reads / (2 * rows), 2, kGroups));
+  }
+
   std::vector<Tensor> run() {
     std::fill_n(grad_bias_.mutable_data_ptr<float>(), grad_bias_.numel(), 0.0f);
-    const int64_t count = std::min(call_.users, kGroups);
+    const int64_t count = parts();
     const size_t fields = call_.keys.size();
     const int64_t size = call_.heads * (call_.dim + call_.value_dim);
     for (int64_t g = 0; g < count; ++g) {
@@ -115,13 +123,17 @@ class Gradient {
         groups_.back().emplace_back(call_.key_tables[f].size(0), size);
     }
     FirstBad first_bad;
-    each_user(count, [&](int64_t begin, int64_t end) {
+    const auto add_groups = [&](int64_t begin, int64_t end) {
       CodePass pass(call_, 2);
       Space space;
       for (int64_t g = begin; g < end; ++g)
         for (int64_t user = call_.users * g / count; user < call_.users * (g + 1) / count; ++user)
           add(pass, space, user, groups_[static_cast<size_t>(g)], first_bad);
-    });
+    };
+    if (call_.users < kFewUsers)  // threads share histories
+      add_groups(0, count);
+    else
+      torch::stable::parallel_for(0, count, 1, add_groups);
     check_codes(first_bad);
     std::vector<Tensor> found{grad_q_, grad_bias_};
     for (size_t f = 0; f < fields; ++f) collect(f, found);
