@@ -32,4 +32,10 @@ LIVREC_DECLARE(void, search_dense,
 LIVREC_DECLARE(void, search_codes,
                (const CodeBlock& block, int64_t begin, int64_t end, float* scores))
 
+// Which of `count` items have a score of at least `least` [width] for which candidates: a bit each.
+// Returns whether any score is infinite or no number.
+LIVREC_DECLARE(bool, search_above,
+               (const CodeShape& shape, const float* scores, int64_t count, const float* least,
+                uint64_t* marks))
+
 }  // namespace livrec

@@ -78,6 +78,32 @@ struct FromCodes {
   }
 };
 
+struct Above {
+  const float* scores;
+  int64_t count;
+  const float* least;
+  uint64_t* marks;
+  bool* odd;
+
+  template <int N, int V>
+  void run() const {
+    static_assert(N * V <= 64, "a bit for each");
+    typename Lanes<N>::V bounds[V];
+    typename Lanes<N>::I strange{};
+    for (int v = 0; v < V; ++v) bounds[v] = read<N>(least + v * N);
+    for (int64_t i = 0; i < count; ++i) {
+      uint64_t bits = 0;
+      for (int v = 0; v < V; ++v) {
+        const auto score = read<N>(scores + i * (N * V) + v * N);
+        strange |= (score - score) != 0.0f;
+        bits |= static_cast<uint64_t>(bits_of_lanes<N>(score >= bounds[v])) << (v * N);
+      }
+      marks[i] = bits;
+    }
+    *odd = bits_of_lanes<N>(strange) != 0;
+  }
+};
+
 }  // namespace
 
 void search_lanes(const CodeShape& shape, const float* query, int64_t candidates, int64_t dim,
@@ -97,6 +123,13 @@ void search_dense(const CodeShape& shape, const SearchKeys& keys, const float* l
 
 void search_codes(const CodeBlock& block, int64_t begin, int64_t end, float* scores) {
   shaped(block.shape, FromCodes{block, begin, end, scores});
+}
+
+bool search_above(const CodeShape& shape, const float* scores, int64_t count, const float* least,
+                  uint64_t* marks) {
+  bool odd = false;
+  shaped(shape, Above{scores, count, least, marks, &odd});
+  return odd;
 }
 
 }  // namespace LIVREC_ISA

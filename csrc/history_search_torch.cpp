@@ -139,34 +139,58 @@ class CodeScores {
   Buffer query_, gathered_, products_, lanes_;
 };
 
+// What a block of scores holds that may be among the best: shown to those who ask, item by item.
+class Block {
+ public:
+  Block(const Search& search, const CodeShape& shape) : search_(search), shape_(shape) {
+    scores = scores_.of(kSearchBlock * shape.width());
+    least_ = least_space_.of(shape.width());
+  }
+
+  // Items [begin, end) for candidates [first, last) of a user; returns whether any score is odd.
+  bool show(int64_t user, int64_t begin, int64_t end, int64_t first, int64_t last,
+            std::vector<TopK>& best) {
+    const int64_t start = search_.offsets.data[user], width = shape_.width();
+    for (int64_t w = 0; w < width; ++w)
+      least_[w] = first + w < last ? best[static_cast<size_t>(first + w)].least() : INFINITY;
+    const bool odd = LIVREC_CALL(search_above, shape_, scores, end - begin, least_, marks_);
+    for (int64_t c = first; c < last; ++c) best[static_cast<size_t>(c)].expect(end - begin);
+    for (int64_t i = end - begin - 1; i >= 0; --i)
+      for (uint64_t marks = marks_[i]; marks != 0; marks &= marks - 1) {
+        const int64_t w = __builtin_ctzll(marks), c = first + w;
+        if (!search_.masks.any() || search_.masks.may(begin + i, user * search_.candidates + c))
+          best[static_cast<size_t>(c)].show(scores[i * width + w], begin - start + i);
+      }
+    for (int64_t c = first; c < last; ++c) best[static_cast<size_t>(c)].settle();
+    return odd;
+  }
+
+  float* scores;  // [items, width]
+
+ private:
+  const Search& search_;
+  const CodeShape shape_;
+  Buffer scores_, least_space_;
+  float* least_;
+  uint64_t marks_[kSearchBlock];
+};
+
 // The best of items [from, to) of a user's history, candidate by candidate.
 template <typename Scores>
 std::vector<TopK> best_of(const Search& search, Scores& scores, int64_t user, int64_t from,
-                          int64_t to, FirstBad& first_bad) {
+                          int64_t to, FirstBad& first_bad, std::atomic<bool>& odd) {
   std::vector<TopK> best(static_cast<size_t>(search.candidates),
                          TopK(std::min(search.k, search.length(user))));
   if (from == to || search.candidates == 0) return best;
-  const int64_t start = search.offsets.data[user];
   scores.begin(user, from, to, first_bad);
-  const int64_t width = scores.shape.width();
-  Buffer found;
-  float* block = found.of(kSearchBlock * width);
-  for (int64_t first = 0; first < search.candidates; first += width) {
+  Block block(search, scores.shape);
+  for (int64_t first = 0; first < search.candidates; first += scores.shape.width()) {
     scores.candidates_from(first);
-    const int64_t last = std::min(search.candidates, first + width);
+    const int64_t last = std::min(search.candidates, first + scores.shape.width());
     for (int64_t end = to; end > from;) {
       const int64_t begin = std::max(from, end - kSearchBlock);
-      scores.score(begin, end, block);
-      for (int64_t c = first; c < last; ++c) {
-        TopK& own = best[static_cast<size_t>(c)];
-        if (!search.masks.any())
-          own.show(block + c - first, width, begin - start, end - begin,
-                   [](int64_t) { return true; });
-        else
-          own.show(block + c - first, width, begin - start, end - begin, [&](int64_t position) {
-            return search.masks.may(start + position, user * search.candidates + c);
-          });
-      }
+      scores.score(begin, end, block.scores);
+      if (block.show(user, begin, end, first, last, best)) odd = true;
       end = begin;
     }
   }
@@ -194,7 +218,6 @@ bool run(Search& search, const MakeScores& make, FirstBad& first_bad) {
     for (int64_t c = 0; c < search.candidates; ++c) {
       TopK& own = best[static_cast<size_t>(c)];
       const int64_t at = (user * search.candidates + c) * search.k;
-      if (own.odd()) odd = true;
       own.write(search.k, search.scores.mutable_data_ptr<float>() + at,
                 search.positions.mutable_data_ptr<int64_t>() + at);
     }
@@ -214,7 +237,7 @@ bool run(Search& search, const MakeScores& make, FirstBad& first_bad) {
       const bool starts = t == 0 || tasks[static_cast<size_t>(t) - 1].first != user;
       const int64_t from =
           starts ? search.offsets.data[user] : tasks[static_cast<size_t>(t) - 1].second;
-      parts[static_cast<size_t>(t)] = best_of(search, scores, user, from, to, first_bad);
+      parts[static_cast<size_t>(t)] = best_of(search, scores, user, from, to, first_bad, odd);
       if (alone(t)) finish(user, parts[static_cast<size_t>(t)]);
     }
   });

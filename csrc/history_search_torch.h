@@ -112,28 +112,27 @@ class TopK {
     return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(position);
   }
 
-  // Items first, first + 1, ... of a history, scores `stride` apart; `may` says which count.
-  template <typename May>
-  void show(const float* scores, int64_t stride, int64_t first, int64_t count, const May& may) {
+  // Makes room for `count` items more, and for as many again as are kept before the next cut.
+  void expect(int64_t count) {
     if (used_ + count > static_cast<int64_t>(numbers_.size()))
       numbers_.resize(static_cast<size_t>(std::max(used_ + count, 2 * k_ + 4 * kSearchBlock)));
-    uint64_t* to = numbers_.data();
-    uint32_t odd = 0;
-    for (int64_t i = count - 1; i >= 0; --i) {  // the latest first: ties fall below the least kept
-      const uint64_t one = number(scores[i * stride], first + i);
-      odd |= static_cast<uint32_t>(one >> 32) + 0x00800000u < 0x01000000u;
-      to[used_] = one;
-      used_ += one > least_ && may(first + i);
-    }
-    odd_ |= odd != 0;
+  }
+
+  // Of items that are shown the latest first: ties fall below the least kept.
+  void show(float score, int64_t position) {
+    const uint64_t one = number(score, position);
+    numbers_[static_cast<size_t>(used_)] = one;
+    used_ += one > least_;
+  }
+
+  void settle() {
     if (used_ >= 2 * k_ + 2 * kSearchBlock) cut();
   }
 
-  // Whether any score shown was infinite or no number.
-  bool odd() const { return odd_; }
+  // Scores below it need not be shown.
+  float least() const { return least_ == 0 ? -INFINITY : score(least_); }
 
   void take(const TopK& other) {
-    odd_ |= other.odd_;
     numbers_.resize(static_cast<size_t>(used_));
     numbers_.insert(numbers_.end(), other.numbers_.begin(), other.numbers_.begin() + other.used_);
     used_ += other.used_;
@@ -199,7 +198,6 @@ class TopK {
   }
 
   int64_t k_, used_ = 0;
-  bool odd_ = false;
   uint64_t least_ = 0;
   std::vector<uint64_t> numbers_, rest_;
 };

@@ -71,6 +71,27 @@ LIVREC_INLINE typename Lanes<N>::V exponential(typename Lanes<N>::V x) {
   return raise<N>(y, n);
 }
 
+// A bit for each lane that is true.
+template <int N>
+LIVREC_INLINE uint32_t bits_of_lanes(typename Lanes<N>::I lanes) {
+#if defined(__SSE2__)
+  if constexpr (N == 4)
+    return static_cast<uint32_t>(
+        __builtin_ia32_movmskps(reinterpret_cast<typename Lanes<N>::V>(lanes)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8)
+    return static_cast<uint32_t>(
+        __builtin_ia32_movmskps256(reinterpret_cast<typename Lanes<N>::V>(lanes)));
+#endif
+#if defined(__AVX512DQ__)
+  if constexpr (N == 16) return __builtin_ia32_cvtd2mask512(lanes);
+#endif
+  uint32_t bits = 0;
+  for (int j = 0; j < N; ++j) bits |= lanes[j] ? 1u << j : 0u;
+  return bits;
+}
+
 template <int N>
 LIVREC_INLINE typename Lanes<N>::V greater(typename Lanes<N>::V a, typename Lanes<N>::V b) {
   return a > b ? a : b;
