@@ -74,6 +74,26 @@ def laid_out(layout: str, inputs: Inputs) -> Laid:
     )  # fmt: skip
 
 
+def laid_out_again(
+    layout: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, held: Tensor
+) -> Laid:
+    """Bring keys and values that were just made into a layout, inside the clock."""
+    if layout == BY_USER:
+        k_parts, v_parts = (x.transpose(0, 1).split(lengths.tolist(), 1) for x in (k, v))
+        return Laid(q, k_parts, v_parts, None, [], lambda found: found)
+    if layout == PADDED:
+        k, v = (
+            x.new_zeros(*held.shape, *x.shape[1:]).masked_scatter(held[..., None, None], x)
+            for x in (k, v)
+        )
+        pair = (x.transpose(1, 2) for x in (k, v))
+        return Laid(q, *pair, held[:, None, None], [], lambda found: found)
+    pair = (x.unflatten(0, (len(q), -1)).transpose(1, 2) for x in (k, v))
+    if layout == HEADS_FIRST:
+        pair = (x.contiguous() for x in pair)
+    return Laid(q, *pair, None, [], lambda found: found)
+
+
 def attend(laid: Laid) -> Tensor:
     """Attend with torch's attention: [B, C, H, dv]."""
     heads = laid.q.transpose(1, 2)
