@@ -135,6 +135,7 @@ def test_summary_takes_the_size_where_another_comes_nearest():
             "op": "o", "label": f"M {rows}", "sizes": {"M": rows, "D": 8}, "dtype": "float32",
             "direction": "forward", "contestant": who, "kind": kind, "p50_ms": p50,
             "extra_bytes": 10**6, "others_busy": 0.0, "commit": "c",
+            "fresh_p50_ms": p50 * (2 if kind == "ours" else 4),
         }  # fmt: skip
 
     rows = [
@@ -143,7 +144,7 @@ def test_summary_takes_the_size_where_another_comes_nearest():
         row(99, "rival", "peer", 25.0), row(99, "torch eager", "reference", 90.0),
     ]  # fmt: skip
     lines = [line for line in report.summary(machine, rows).splitlines() if "`o`" in line]
-    assert lines == ["| `o` | M 99, float32 | 10 | rival 2.5 | 9.0 | 1.0, 1.0 |"]
+    assert lines == ["| `o` | M 99, float32 | 10 | rival 2.5 | 5.00 | 9.0 | 1.0, 1.0 |"]
 
 
 def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):

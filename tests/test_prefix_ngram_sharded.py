@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import leave
 from torch.distributed.device_mesh import init_device_mesh
 
 from livrec_fast import PairedPrefixNgramEmbedding, PrefixNgramEmbedding, RowSGD, shard_rows
@@ -82,7 +83,7 @@ def _work(rank, folder):
     with pytest.raises(TypeError, match="module: .* got Linear"):
         shard_rows(torch.nn.Linear(2, 2), mesh)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def _offsets(case):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import leave
 
 from livrec_fast import ResidualKMeans
 from livrec_fast.modules import _seeding
@@ -77,7 +78,7 @@ def work(rank, folder):
                 found[case, shards] = module.state_dict(), module.history
     found["errors"] = errors(rank)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def errors(rank):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import leave
 from test_target_attention_module import (
     DIM,
     KEY,
@@ -133,7 +134,7 @@ def _work(rank, folder):
     shared = nn.parallel.DistributedDataParallel(unit)
     shared(candidates[users], x[items], offsets).square().mean().backward()
     torch.save([parameter.grad for parameter in unit.parameters()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
