@@ -175,6 +175,7 @@ def register_gradient(
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     given = tensors_of(inputs)
+    ctx.set_materialize_grads(False)  # an output that nobody used has none, however large it is
     ctx.save_for_backward(*given, *([output] if isinstance(output, Tensor) else output))
     ctx.args = with_tensors(inputs, [_Slot()] * len(given))
 

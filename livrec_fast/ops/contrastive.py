@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_one_dtype, check_same, check_tensor
-from .._dispatch import Op
+from .._dispatch import Backend, Op
 from ..reference import contrastive as reference
 from ..reference._formula import wide_dtype
+from ._code_fields import refuse_wide
 
 _WIDE = (torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
+_MOST_KEPT = 16_384  # rows whose false negatives are kept as bits: 32 MiB
 
 
 def _check_values(
@@ -25,6 +27,7 @@ def _check_values(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     false_negative_threshold: float | None,
+    keep_pairs: bool,
     log_q: Tensor | None,
     valid: Tensor | None,
     extra_keys: Tensor | None,
@@ -42,14 +45,38 @@ def _check_values(
         raise ValueError(f"log_q: must be finite, got log_q[{at}] = {float(log_q[at])}")
 
 
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    normalize: bool,
+    symmetric: bool,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    false_negative_threshold: float | None,
+    keep_pairs: bool,
+    *rest: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = query.shape[0]
+    kept = keep_pairs and false_negative_threshold is not None
+    pairs = (batch, (batch + 63) // 64) if kept else (0, 0)
+    return (
+        query.new_empty((batch,), dtype=wide_dtype(query.dtype)),
+        query.new_empty((2 if symmetric else 1, batch), dtype=torch.float64),
+        query.new_empty(pairs, dtype=torch.int64),
+    )
+
+
 _op = Op(
     "in_batch_contrastive",
     "(Tensor query, Tensor key, Tensor temperature, bool normalize, bool symmetric, "
-    "Tensor? query_ids, Tensor? key_ids, float? false_negative_threshold, Tensor? log_q, "
-    "Tensor? valid, Tensor? extra_keys) -> Tensor",
-    fake=lambda query, *rest: query.new_empty((query.shape[0],), dtype=wide_dtype(query.dtype)),
+    "Tensor? query_ids, Tensor? key_ids, float? false_negative_threshold, bool keep_pairs, "
+    "Tensor? log_q, Tensor? valid, Tensor? extra_keys) "
+    "-> (Tensor losses, Tensor lse, Tensor pairs)",
+    fake=_fake,
     reference=reference.in_batch_contrastive,
     check_values=_check_values,
+    backends=(Backend("native", refuse_wide, backward=None),),
     autocast=("query", "key", "extra_keys"),
 )
 
@@ -99,7 +126,7 @@ def in_batch_contrastive(
         extra_keys: [E, D], query's dtype: more negatives for every row, such as a memory queue.
         reduction: "mean" is sum(w_i loss_i) / sum(w_i) over valid rows, or 0 where sum(w_i) is 0;
             "sum" is sum(w_i loss_i); "none" is w_i loss_i, [B].
-        backend: "auto" or "reference".
+        backend: "auto", "native" or "reference".
 
     Returns:
         0-d, or [B] for "none"; float64 for float64 inputs, else float32.
@@ -110,12 +137,19 @@ def in_batch_contrastive(
     log_q, weights and temperature. The gradient of a row of zeros is F.normalize's: finite, but
     1e12 times that of its direction, which float16 cannot hold.
 
-    Numerics: unit vectors are rounded to the inputs' dtype, in which the product is taken (without
-    `normalize`, a float16 product past 65,504 overflows); all after it is in float32, or in float64
-    for float64 inputs. A cosine within rounding of the threshold may fall on either side, for both
-    rows of the pair alike. The same inputs give the same bits on every run. Autocast casts query,
-    key and extra_keys; temperature and log_q stay. Workspace: about five float32 matrices and three
-    boolean ones of B x (B + E), and as much again in the gradient.
+    Numerics: unit vectors are rounded to the inputs' dtype; all after them is in float32, or in
+    float64 for float64 inputs (the reference also rounds products to the inputs' dtype: without
+    `normalize`, one past 65,504 overflows in float16). A softmax less its greatest logit takes any
+    temperature, and a small loss keeps its digits. A cosine within rounding of the threshold may
+    fall on either side, for both rows of the pair alike, and as in the gradient. The same inputs
+    give the same bits on every run, of the C++ kernel for any number of threads. Autocast casts
+    query, key and extra_keys; temperature and log_q stay.
+
+    Workspace: of the C++ kernel 4 D' (2 B + E) bytes, with D' = D rounded up to an odd multiple of
+    16, as much again in the gradient, B^2 / 8 bytes of false negatives where B is at most 16,384
+    (they are found anew in both passes where it is more), and per thread about 1,024 D + 110,000
+    bytes. Of the reference: about five float32 matrices and three boolean ones of B x (B + E), and
+    as much again in the gradient. Threads: up to one for every 256 keys, and 32.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or reduction, or a
@@ -150,9 +184,9 @@ def in_batch_contrastive(
         log_q=log_q, weights=weights, valid=valid, extra_keys=extra_keys,
     )  # fmt: skip
     threshold = None if false_negative_threshold is None else float(false_negative_threshold)
-    losses = _op(
-        query, key, scale, normalize, symmetric, query_ids, key_ids, threshold, log_q, valid,
-        extra_keys, backend=backend,
+    losses, _, _ = _op(
+        query, key, scale, normalize, symmetric, query_ids, key_ids, threshold,
+        threshold is not None and batch <= _MOST_KEPT, log_q, valid, extra_keys, backend=backend,
     )  # fmt: skip
     return _reduce(losses, weights, valid, reduction)
 

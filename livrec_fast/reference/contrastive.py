@@ -21,11 +21,15 @@ def in_batch_contrastive(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     false_negative_threshold: float | None,
+    keep_pairs: bool,
     log_q: Tensor | None,
     valid: Tensor | None,
     extra_keys: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """loss_i = logsumexp_j s_ij - s_ii over the unmasked j;  s_ij = <q_i, k_j> / T - log_q_j.
+
+    Also what a kernel keeps for its gradient: logsumexp_j s_ij by row (and by column where
+    `symmetric`), and false negatives as bits.
 
     Vectors are normalised in float32 and rounded once to their dtype; the product is in that dtype
     and all after it in float32 (float64 throughout for float64). An invalid row is one whose
@@ -35,14 +39,11 @@ def in_batch_contrastive(
     if valid is not None:  # 0 * NaN is NaN: what invalid rows hold must not reach a product
         query = query.masked_fill(~valid[:, None], 0)
         key = key.masked_fill(~valid[:, None], 0)
-    masked = negatives_masked(
-        query,
-        0 if extra_keys is None else len(extra_keys),
-        query_ids,
-        key_ids,
-        false_negative_threshold,
-        valid,
-    )
+    similar = None
+    if false_negative_threshold is not None:
+        similar = similar_pairs(query, false_negative_threshold)
+    extras = 0 if extra_keys is None else len(extra_keys)
+    masked = negatives_masked(query, extras, query_ids, key_ids, similar, valid)
     keys = key if extra_keys is None else torch.cat([key, extra_keys])
     if normalize:
         query = F.normalize(query.to(wide), dim=1).to(query.dtype)
@@ -51,16 +52,23 @@ def in_batch_contrastive(
     # By rows, so that the gradient of T is summed in one order, whatever the number of threads.
     similarity = product / temperature.to(wide).expand(len(query), 1)
     logits = similarity if log_q is None else similarity - _of_all_keys(log_q, keys, valid).to(wide)
-    loss = _cross_entropy(logits, masked, dim=1)
+    loss, lse = _cross_entropy(logits, masked, dim=1)
+    sums = [lse]
     if symmetric:
         batch = len(query)
-        loss = (loss + _cross_entropy(similarity[:, :batch], masked[:, :batch], dim=0)) / 2
-    return loss
+        other, lse = _cross_entropy(similarity[:, :batch], masked[:, :batch], dim=0)
+        loss = (loss + other) / 2
+        sums.append(lse)
+    return loss, torch.stack(sums).detach(), packed_pairs(similar if keep_pairs else None, query)
 
 
-def _cross_entropy(logits: Tensor, masked: Tensor, dim: int) -> Tensor:
-    """Return logsumexp - s_ii along `dim`; a softmax over the diagonal alone gives exactly 0."""
-    return 0 - logits.masked_fill(masked, -torch.inf).log_softmax(dim).diagonal()
+def _cross_entropy(logits: Tensor, masked: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return logsumexp - s_ii along `dim` and, in float64, logsumexp.
+
+    A softmax over the diagonal alone gives exactly 0.
+    """
+    loss = 0 - logits.masked_fill(masked, -torch.inf).log_softmax(dim).diagonal()
+    return loss, logits.diagonal().double() + loss.double()
 
 
 def _of_all_keys(log_q: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
@@ -76,7 +84,7 @@ def negatives_masked(
     extras: int,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
-    false_negative_threshold: float | None,
+    similar: Tensor | None,
     valid: Tensor | None,
 ) -> Tensor:
     """Return bool [B, B + E]: which keys are no negatives of which row; never the diagonal."""
@@ -84,10 +92,8 @@ def negatives_masked(
     pairs = torch.zeros(batch, batch, dtype=torch.bool, device=query.device)
     if query_ids is not None:
         pairs = pairs | (query_ids[:, None] == query_ids)
-    if false_negative_threshold is not None:
-        unit = F.normalize(query.detach().to(wide_dtype(query.dtype)), dim=1)
-        similar = unit @ unit.T > false_negative_threshold
-        pairs = pairs | similar | similar.T  # rounding must not drop half of a pair
+    if similar is not None:
+        pairs = pairs | similar
     if valid is not None:
         pairs = pairs | ~valid[:, None] | ~valid
     masked = F.pad(pairs, (0, extras))
@@ -97,6 +103,21 @@ def negatives_masked(
         same = key_ids[:batch, None] == key_ids
         masked = masked | F.pad(same, (0, batch + extras - len(key_ids)))
     return masked & ~torch.eye(batch, batch + extras, dtype=torch.bool, device=query.device)
+
+
+def similar_pairs(query: Tensor, threshold: float) -> Tensor:
+    """Return bool [B, B]: which queries have a cosine above the threshold."""
+    unit = F.normalize(query.detach().to(wide_dtype(query.dtype)), dim=1)
+    similar = unit @ unit.T > threshold
+    return similar | similar.T  # rounding must not drop half of a pair
+
+
+def packed_pairs(pairs: Tensor | None, query: Tensor) -> Tensor:
+    """Pack bool [B, B] into the bits of int64 [B, ceil(B / 64)], the first the lowest."""
+    if pairs is None:
+        return query.new_empty((0, 0), dtype=torch.int64)
+    words = F.pad(pairs, (0, -len(pairs) % 64)).unflatten(1, (-1, 64))
+    return (words << torch.arange(64, device=query.device)).sum(2)
 
 
 def make_inputs(

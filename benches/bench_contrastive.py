@@ -1,0 +1,116 @@
+"""The in-batch contrastive loss: its value, and with the gradients of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import livrec_fast
+from livrec_fast.benchmarking import Case, Options, ours
+
+from . import peers, peers_contrastive
+from .agreement import Close
+
+DIM, TEMPERATURE, THRESHOLD, BLOCK = 128, 0.07, 0.9, 1_024
+Inputs = dict[str, Any]
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Yield the cases: plain, with false negatives masked, both ways, in bfloat16."""
+    if options.quick:
+        yield case(512, options, training=True, threshold=THRESHOLD)
+        return
+    for rows in (4_096, 8_192):
+        yield case(rows, options, training=False)
+    for rows in (512, 4_096, 8_192):
+        yield case(rows, options, training=True)
+        if rows > 512:
+            yield case(rows, options, training=True, threshold=THRESHOLD)
+            yield case(rows, options, training=True, symmetric=True)
+    yield case(4_096, options, training=True, dtype=torch.bfloat16)
+
+
+def case(
+    rows: int,
+    options: Options,
+    *,
+    training: bool,
+    threshold: float | None = None,
+    symmetric: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Make one case. A query and its key are alike, as in training that has got somewhere."""
+
+    def make() -> Inputs:
+        generator = torch.Generator().manual_seed(1)
+        both = torch.randn(rows, DIM, generator=generator)
+        query, key = (both + torch.randn(rows, DIM, generator=generator) for _ in range(2))
+        query[::8] = query[1::8] + 0.1 * query[::8]  # no cosine is near the threshold
+        return {n: x.to(options.device, dtype) for n, x in (("query", query), ("key", key))}
+
+    def loss(query: Tensor, key: Tensor, backend: str) -> Tensor:
+        return livrec_fast.in_batch_contrastive(
+            query, key, temperature=TEMPERATURE, false_negative_threshold=threshold,
+            symmetric=symmetric, backend=backend,
+        )  # fmt: skip
+
+    def function(*, query: Tensor, key: Tensor, backend: str) -> list[Tensor]:
+        given = {"query": query, "key": key}
+        return peers_contrastive.training(partial(loss, backend=backend), given, training)()
+
+    settings = (training, TEMPERATURE, threshold, symmetric)
+    shown = [f"D {DIM}, B {rows:,}", *(["masked"] if threshold else [])]
+    return Case(
+        op="in_batch_contrastive",
+        label=", ".join([*shown, *(["symmetric"] if symmetric else [])]),
+        sizes={"B": rows, "D": DIM, "masked": threshold is not None, "symmetric": symmetric},
+        dtype=dtype,
+        make=make,
+        agree=Close(partial(formula, function, *settings)),
+        contestants=[
+            *ours(function, options),
+            peers.eager(partial(function, backend="reference")),
+            *peers_contrastive.contestants(options, *settings, dtype),
+        ],
+        bytes=2 * rows * DIM * (2 if dtype == torch.bfloat16 else 4) * (3 if training else 1),
+        flops=2 * rows * rows * DIM * (4 if training else 1),
+        direction="forward+backward" if training else "forward",
+        long=rows > 4_096,
+    )
+
+
+def formula(
+    function: Any,
+    training: bool,
+    temperature: float,
+    threshold: float | None,
+    symmetric: bool,
+    inputs: Inputs,
+) -> list[Tensor]:
+    """Compute by the reference; in float64, block by block of the rows."""
+    if inputs["query"].dtype != torch.float64:
+        found: list[Tensor] = function(**inputs, backend="reference")
+        return found
+    leaves = [inputs[name].detach().requires_grad_() for name in ("query", "key")]
+    units = [F.normalize(x, dim=1) for x in leaves]
+    cut = [x.detach().requires_grad_() for x in units]
+    total = inputs["query"].new_zeros(())
+    ways = [(cut[0], cut[1]), (cut[1], cut[0])] if symmetric else [(cut[0], cut[1])]
+    for anchor, other in ways:
+        for rows in torch.arange(len(anchor)).split(BLOCK):
+            logits = anchor[rows] @ other.T / temperature
+            if threshold is not None:
+                similar = (cut[0].detach()[rows] @ cut[0].detach().T) > threshold
+                similar[torch.arange(len(rows)), rows] = False
+                logits = logits.masked_fill(similar, -float("inf"))
+            loss = F.cross_entropy(logits, rows, reduction="sum") / len(anchor) / len(ways)
+            total += loss.detach()
+            loss.backward()
+    if not training:
+        return [total]
+    return [total, *torch.autograd.grad(units, leaves, [x.grad for x in cut])]

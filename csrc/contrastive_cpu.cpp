@@ -1,0 +1,148 @@
+#include "contrastive_tiles.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+LIVREC_INLINE float exp_of(float x) { return exponential<kLanes>(Floats{} + x)[0]; }
+
+// Exponentials of a row of products, added to those of earlier tiles. They are as exact as those of
+// the gradient, whose weights then add up to what they should.
+LIVREC_INLINE void add_row(const Contrastive& call, const float* bias, int64_t width,
+                           const float* s, float* peak, float* sum) {
+  Floats most = Floats{} + *peak;
+  for (int64_t v = 0; v < width; v += kLanes)
+    most = greater<kLanes>(logits_of(call, load(s + v), load(bias + v), Floats{}), most);
+  const float greatest = greatest_of(most), shift = shift_of(greatest);
+  if (greatest != *peak) {
+    *sum *= exp_of(*peak - shift);
+    *peak = greatest;
+  }
+  Floats total{};
+  for (int64_t v = 0; v < width; v += kLanes)
+    total += exponential<kLanes>(logits_of(call, load(s + v), load(bias + v), Floats{} + shift));
+  *sum += sum_of(total);
+}
+
+// Likewise the columns of a tile, kLanes at a time.
+LIVREC_INLINE void add_columns(const Contrastive& call, const float* bias, int64_t rows,
+                               const float* s, float* peaks, float* sums) {
+  const Floats known = load(peaks), none = Floats{} - kInfinity, added = load(bias);
+  Floats most = known;
+  for (int64_t i = 0; i < rows; ++i)
+    most = greater<kLanes>(logits_of(call, load(s + i * kTileStride), added, Floats{}), most);
+  const Floats shift = most == none ? Floats{} : most;
+  Floats total{};
+  for (int64_t i = 0; i < rows; ++i)
+    total += exponential<kLanes>(logits_of(call, load(s + i * kTileStride), added, shift));
+  store(sums, load(sums) * exponential<kLanes>(known - shift) + total);
+  store(peaks, most);
+}
+
+double product_of(const float* a, const float* b, int64_t dim) {
+  Doubles sum{};
+  for (int64_t d = 0; d < dim; d += kLanes)
+    sum += __builtin_convertvector(load(a + d), Doubles) *
+           __builtin_convertvector(load(b + d), Doubles);
+  double total = 0.0;
+  for (int j = 0; j < kLanes; ++j) total += sum[j];
+  return total;
+}
+
+void round_row(float* row, TableType type, int64_t dim) {
+  uint16_t halves[kPanel];
+  for (int64_t d = 0; d < dim; d += kPanel) {
+    const int64_t count = lesser(kPanel, dim - d);
+    narrow_row(row + d, type == TableType::f16, count, halves);
+    widen_row(halves, type == TableType::f16, count, row + d);
+  }
+}
+
+}  // namespace
+
+// An odd number of cache lines: rows do not crowd in a few sets of a cache.
+int64_t contrastive_stride(int64_t dim) {
+  const int64_t lines = (dim + 15) / 16;
+  return 16 * (lines % 2 == 0 ? lines + 1 : lines);
+}
+
+int64_t contrastive_space(int64_t dim) {
+  return 2 * (kTileRows * kTileStride + kTileColumns * ((dim + 15) / 16 * 16));
+}
+
+void contrastive_units(const void* x, TableType type, bool normalize, bool rounds,
+                       const bool* valid, int64_t count, int64_t dim, int64_t stride, float* units,
+                       float* norms) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* unit = units + i * stride;
+    for (int64_t d = 0; d < stride; ++d) unit[d] = 0.0f;
+    if (norms != nullptr) norms[i] = 0.0f;
+    if (valid != nullptr && !valid[i]) continue;
+    if (type == TableType::f32)
+      for (int64_t d = 0; d < dim; ++d) unit[d] = static_cast<const float*>(x)[i * dim + d];
+    else
+      widen_row(static_cast<const uint16_t*>(x) + i * dim, type == TableType::f16, dim, unit);
+    if (!normalize) continue;
+    const auto norm = static_cast<float>(__builtin_sqrt(product_of(unit, unit, dim)));
+    const Floats divisor = Floats{} + (norm < 1e-12f ? 1e-12f : norm);
+    if (norms != nullptr) norms[i] = norm < 1e-12f ? 0.0f : norm;
+    for (int64_t d = 0; d < dim; d += kLanes) store(unit + d, load(unit + d) / divisor);
+    if (rounds && type != TableType::f32) round_row(unit, type, dim);
+  }
+}
+
+void contrastive_products(const float* a, const float* b, int64_t count, int64_t dim,
+                          int64_t stride, double* products) {
+  for (int64_t i = 0; i < count; ++i) products[i] = product_of(a + i * stride, b + i * stride, dim);
+}
+
+void contrastive_pairs(const ContrastiveSide& units, int64_t dim, int64_t stride, float threshold,
+                       int64_t above, int64_t block, int64_t words, uint64_t* pairs,
+                       float* scratch) {
+  const TileSpace space(scratch, dim);
+  const int64_t first = above * kPairsBlock, column = block * kPairsBlock,
+                rows = lesser(kPairsBlock, units.count - first),
+                columns = lesser(kPairsBlock, units.count - column);
+  uint64_t found[kPairsBlock][kBlockWords] = {}, turned[kPairsBlock][kBlockWords] = {};
+  for (int64_t at = 0; at < columns; at += kPanel) {
+    turn_panel(units, dim, stride, column + at, space.panels);
+    const uint64_t held = ~uint64_t{0} >> (kPanel - lesser(kPanel, columns - at));
+    for (int64_t r = 0; r < rows; r += kPanel) {
+      const int64_t count = lesser(kPanel, rows - r);
+      tile_products(units.units + (first + r) * stride, count, stride, space.panels, kPanel, dim,
+                    space.s);
+      for (int64_t i = 0; i < count; ++i) {
+        uint64_t bits = bits_above(space.s + i * kTileStride, threshold) & held;
+        found[r + i][at / kPanel] = bits;
+        for (; bits != 0; bits &= bits - 1)
+          turned[at + __builtin_ctzll(bits)][r / kPanel] |= uint64_t{1} << i;
+      }
+    }
+  }
+  const auto write = [=](const uint64_t (*bits)[kBlockWords], int64_t row, int64_t count,
+                         int64_t word) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t w = 0; w < lesser(kBlockWords, words - word); ++w)
+        pairs[(row + i) * words + word + w] = bits[i][w];
+  };
+  write(found, first, rows, block * kBlockWords);
+  if (above != block) write(turned, column, columns, above * kBlockWords);
+}
+
+void contrastive_forward(const Contrastive& call, const ContrastivePart& part, float* scratch,
+                         float* row_peaks, float* row_sums, float* column_peaks,
+                         float* column_sums) {
+  const TileSpace space(scratch, call.dim);
+  each_tile(call, part, space, [&](int64_t column, int64_t width, int64_t row, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i)
+      add_row(call, call.row_bias + column, width, space.s + i * kTileStride, row_peaks + row + i,
+              row_sums + row + i);
+    if (call.column_bias == nullptr) return;
+    for (int64_t v = 0; v < width; v += kLanes)
+      add_columns(call, call.column_bias + column + v, rows, space.s + v, column_peaks + column + v,
+                  column_sums + column + v);
+  });
+}
+
+}  // namespace LIVREC_ISA
+}  // namespace livrec

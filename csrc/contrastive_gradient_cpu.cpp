@@ -1,0 +1,103 @@
+#include "contrastive_tiles.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+// A row of products to the weights W of its pairs; both: of rows and columns.
+template <bool kBoth>
+LIVREC_INLINE void weigh_row(const Contrastive& call, const ContrastiveSlopes& slopes, int64_t row,
+                             int64_t column, int64_t width, float* s) {
+  const Floats shift = Floats{} + slopes.row_shifts[row];
+  const float factor = slopes.row_factors[row];
+  for (int64_t v = 0; v < width; v += kLanes) {
+    const Floats products = load(s + v), bias = load(call.row_bias + column + v);
+    Floats weight = exponential<kLanes>(logits_of(call, products, bias, shift)) * factor;
+    if (slopes.row_weights != nullptr) {
+      float* sum = slopes.row_weights + column + v;
+      store(sum, load(sum) + weight);
+    }
+    if (kBoth)
+      weight += exponential<kLanes>(logits_of(call, products, load(call.column_bias + column + v),
+                                              load(slopes.column_shifts + column + v))) *
+                load(slopes.column_factors + column + v);
+    store(s + v, weight);
+  }
+}
+
+void narrow(const float* row, TableType type, int64_t dim, int64_t at, void* out) {
+  if (type == TableType::f32)
+    for (int64_t d = 0; d < dim; ++d) static_cast<float*>(out)[at + d] = row[d];
+  else
+    narrow_row(row, type == TableType::f16, dim, static_cast<uint16_t*>(out) + at);
+}
+
+}  // namespace
+
+void contrastive_backward(const Contrastive& call, const ContrastivePart& part, float* scratch,
+                          const ContrastiveSlopes& slopes) {
+  const TileSpace space(scratch, call.dim);
+  const int64_t padded = padded_to_lanes(call.dim), stride = call.stride;
+  each_tile(call, part, space, [&](int64_t column, int64_t width, int64_t row, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i)
+      if (call.column_bias != nullptr)
+        weigh_row<true>(call, slopes, row + i, column, width, space.s + i * kTileStride);
+      else
+        weigh_row<false>(call, slopes, row + i, column, width, space.s + i * kTileStride);
+    const int64_t columns = lesser(width, call.keys.count - column);
+    if (slopes.dq != nullptr)
+      multiply({space.s, kTileStride, 1}, rows, call.keys.units + column * stride, stride, columns,
+               slopes.dq + row * stride, stride, padded, true);
+    if (slopes.dk != nullptr)
+      multiply({space.s, 1, kTileStride}, columns, call.queries.units + row * stride, stride, rows,
+               slopes.dk + column * stride, stride, padded, true);
+  });
+}
+
+void contrastive_finish(const ContrastiveRows& rows, int64_t begin, int64_t end, void* out,
+                        double* slopes, float* scratch) {
+  const int64_t dim = rows.dim;
+  float *du = scratch, *x = scratch + rows.stride;
+  for (int64_t i = begin; i < end; ++i) {
+    const bool counts = rows.valid == nullptr || rows.valid[i];
+    const float factor = rows.factors == nullptr ? 0.0f : rows.factors[i];
+    for (int64_t d = 0; d < rows.stride; d += kLanes) {
+      Floats sum = load(rows.du + i * rows.stride + d);
+      if (factor != 0.0f) sum += factor * load(rows.other + i * rows.stride + d);
+      store(du + d, counts ? sum * rows.scale : Floats{});
+    }
+    if (slopes != nullptr) {
+      double slope = 0.0;
+      if (counts)
+        for (int64_t d = 0; d < dim; ++d)
+          slope += static_cast<double>(du[d]) * rows.units[i * rows.stride + d];
+      slopes[i] = slope;
+    }
+    if (rows.norms != nullptr && counts) {
+      const float norm = rows.norms[i];
+      const Floats divisor = Floats{} + (norm == 0.0f ? 1e-12f : norm);
+      Floats along{};
+      if (norm != 0.0f) {
+        for (int64_t d = 0; d < rows.stride; ++d) x[d] = 0.0f;
+        if (rows.type == TableType::f32)
+          for (int64_t d = 0; d < dim; ++d) x[d] = static_cast<const float*>(rows.x)[i * dim + d];
+        else
+          widen_row(static_cast<const uint16_t*>(rows.x) + i * dim, rows.type == TableType::f16,
+                    dim, x);
+        for (int64_t d = 0; d < dim; d += kLanes) {
+          store(x + d, load(x + d) / divisor);
+          along += load(x + d) * load(du + d);
+        }
+      }
+      const float length = norm == 0.0f ? 0.0f : sum_of(along);
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const Floats across = norm == 0.0f ? load(du + d) : load(du + d) - length * load(x + d);
+        store(du + d, across / divisor);
+      }
+    }
+    if (out != nullptr) narrow(du, rows.type, dim, i * dim, out);
+  }
+}
+
+}  // namespace LIVREC_ISA
+}  // namespace livrec

@@ -1,0 +1,170 @@
+// Tiles of logits and what is masked of them, for the CPU kernels of the contrastive loss; see
+// vectors.h for how it is included.
+#pragma once
+
+#include "contrastive.h"
+#include "halves.h"
+#include "products.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+LIVREC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+LIVREC_INLINE int64_t padded_to_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+
+LIVREC_INLINE Ints load_ids(const int32_t* from) {
+  typedef int32_t LooseInts __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+  return *reinterpret_cast<const LooseInts*>(from);
+}
+
+// kPanel units from `first` on, number after number: [padded dim, kPanel]; zeros past the last.
+inline void turn_panel(const ContrastiveSide& side, int64_t dim, int64_t stride, int64_t first,
+                       float* out) {
+  const float* rows = side.units + first * stride;
+  transpose([=](int64_t i, int64_t d) { return load(rows + i * stride + d); },
+            lesser(kPanel, side.count - first), padded_to_lanes(dim), out, kPanel);
+}
+
+constexpr int64_t kChain = 32;  // numbers added one by one; longer sums are sums of such
+
+// Products of rows with the columns of some panels: s [rows, kTileStride]. Their number is rounded
+// up to an even one (there are more rows), as then all are added up in one order: <a, b> has the
+// bits of <b, a>, wherever they lie.
+inline void tile_products(const float* rows, int64_t count, int64_t stride, const float* panels,
+                          int64_t columns, int64_t dim, float* s) {
+  const int64_t padded = padded_to_lanes(dim), even = count + count % 2;
+  for (int64_t at = 0; at < columns; at += kPanel)
+    for (int64_t d = 0; d < dim; d += kChain)
+      multiply({rows + d, stride, 1}, even, panels + at * padded + d * kPanel, kPanel,
+               lesser(kChain, dim - d), s + at, kTileStride, kPanel, d > 0);
+}
+
+// One bit for each lane, the first in the lowest.
+LIVREC_INLINE uint64_t bits_of_lanes(Ints lanes) {
+#if defined(__AVX512F__)
+  return static_cast<uint16_t>(__builtin_ia32_cvtd2mask512(lanes));
+#else
+  uint64_t bits = 0;
+  for (int j = 0; j < kLanes; ++j) bits |= static_cast<uint64_t>(lanes[j] & 1) << j;
+  return bits;
+#endif
+}
+
+// One bit for each product of a panel above the threshold.
+LIVREC_INLINE uint64_t bits_above(const float* s, float threshold) {
+  uint64_t bits = 0;
+  for (int64_t v = 0; v < kPanel; v += kLanes) bits |= bits_of_lanes(load(s + v) > threshold) << v;
+  return bits;
+}
+
+constexpr int64_t kTileWords = kTileColumns / kPanel;
+
+// Takes masked pairs out of a row of products: -inf, which no shift brings back. width: of the
+// tile, whole panels; words: bits of its false negatives, or null.
+inline void mask_row(const Contrastive& call, int64_t row, int64_t column, int64_t width,
+                     const uint64_t* words, float* s) {
+  const Floats gone = Floats{} - kInfinity;
+  if (call.valid != nullptr && !call.valid[row]) {
+    for (int64_t v = 0; v < width; v += kLanes) store(s + v, gone);
+    return;
+  }
+  const auto drop = [&](const int32_t* rows, const int32_t* columns) {
+    const Ints own = Ints{} + rows[row];
+    for (int64_t v = 0; v < width; v += kLanes)
+      store(s + v, load_ids(columns + column + v) == own ? gone : load(s + v));
+  };
+  if (call.query_ids != nullptr) drop(call.row_query_ids, call.query_ids);
+  if (call.key_ids != nullptr) drop(call.row_key_ids, call.key_ids);
+  if (words != nullptr)
+    for (int64_t p = 0; p * kPanel < width && column + p * kPanel < call.queries.count; ++p)
+      for (uint64_t bits = words[p]; bits != 0; bits &= bits - 1)
+        s[p * kPanel + __builtin_ctzll(bits)] = -kInfinity;
+  if (row >= column && row < column + width) s[row - column] = -kInfinity;
+}
+
+// a b + c, rounded once where there is an instruction for it; left to itself, the compiler rounds
+// a product that it finds in two sums.
+LIVREC_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__clang__)
+  return __builtin_elementwise_fma(a, b, c);
+#elif defined(__AVX512F__)
+  return __builtin_ia32_vfmaddps512_mask(a, b, c, 0xffff, 4);
+#elif defined(__FMA__)
+  return __builtin_ia32_vfmaddps256(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Products to logits less a shift. What is large cancels before anything is rounded.
+LIVREC_INLINE Floats logits_of(const Contrastive& call, Floats products, Floats bias,
+                               Floats shift) {
+  return fused(products, Floats{} + call.per_temperature, -shift) +
+         fused(products, Floats{} + call.rest, bias);
+}
+
+// What exponentials are taken less: a row without pairs has none.
+LIVREC_INLINE float shift_of(float peak) { return peak == -kInfinity ? 0.0f : peak; }
+
+// Takes scratch memory apart: a tile of products, and the panels of its columns.
+struct TileSpace {
+  float *s, *panels, *similar, *similar_panels;
+  TileSpace(float* scratch, int64_t dim)
+      : s(scratch),
+        panels(s + kTileRows * kTileStride),
+        similar(panels + kTileColumns * padded_to_lanes(dim)),
+        similar_panels(similar + kTileRows * kTileStride) {}
+};
+
+inline void turn_panels(const ContrastiveSide& side, const Contrastive& call, int64_t column,
+                        int64_t width, float* out) {
+  for (int64_t p = 0; p < width; p += kPanel)
+    if (column + p < side.count)
+      turn_panel(side, call.dim, call.stride, column + p, out + p * padded_to_lanes(call.dim));
+}
+
+// A tile of masked products.
+inline void fill_tile(const Contrastive& call, const TileSpace& space, int64_t column,
+                      int64_t width, int64_t row, int64_t rows) {
+  const int64_t stride = call.stride, similar = lesser(width, call.similar.count - column);
+  tile_products(call.queries.units + row * stride, rows, stride, space.panels, width, call.dim,
+                space.s);
+  if (similar > 0)
+    tile_products(call.similar.units + row * stride, rows, stride, space.similar_panels, similar,
+                  call.dim, space.similar);
+  for (int64_t i = 0; i < rows; ++i) {
+    uint64_t found[kTileWords];
+    const uint64_t* words = nullptr;
+    if (call.pairs != nullptr) words = call.pairs + (row + i) * call.words + column / kPanel;
+    if (similar > 0) {
+      for (int64_t p = 0; p * kPanel < similar; ++p)
+        found[p] = bits_above(space.similar + i * kTileStride + p * kPanel, call.threshold);
+      words = found;
+    }
+    mask_row(call, row + i, column, width, words, space.s + i * kTileStride);
+  }
+}
+
+// Visits a part tile by tile: visit(column, width, row, rows), its products in space.s, -inf where
+// a pair is masked.
+template <typename Visit>
+LIVREC_INLINE void each_tile(const Contrastive& call, const ContrastivePart& part,
+                             const TileSpace& space, const Visit& visit) {
+  for (int64_t at = 0; at < part.columns; at += kTileColumns) {
+    const int64_t column = part.column + at,
+                  width = lesser(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
+    turn_panels(call.keys, call, column, width, space.panels);
+    turn_panels(call.similar, call, column, width, space.similar_panels);
+    for (int64_t r = 0; r < part.rows; r += kTileRows) {
+      const int64_t row = part.row + r, rows = lesser(kTileRows, part.rows - r);
+      fill_tile(call, space, column, width, row, rows);
+      visit(column, width, row, rows);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace LIVREC_ISA
+}  // namespace livrec
