@@ -18,7 +18,10 @@
 // by which dS_rt = w_rt (D_rt - base_r - e_r + grad_lse_r) is exact where one item has all the
 // weight. The second writes dk_t = sum_r dS_rt q_r and dv_t = sum_r w_rt grad_r, each row of both
 // once, and adds up dq_r = scale sum_t dS_rt k_t, db_t = sum_r dS_rt. Other activations need no
-// first pass: dS = D w'(s).
+// first pass: dS = D w'(s). Nor do users all of whose lse are small: with lse, and what rounding
+// took from it, as the forward pass gives them, m and Z are known; e, which is then left in dS, is
+// sum_t dS_rt - grad_lse_r, and taken from dq times sum_t w_rt k_t: elsewhere it is rounding like
+// any other.
 #pragma once
 
 #include "prefix_ngram.h"
@@ -63,10 +66,11 @@ LIVREC_DECLARE(void, target_attention_forward,
 struct AttentionSlopes {
   const float *grad, *base;             // [groups x rows, value_padded] and [groups x rows]
   const float *peaks, *factors, *less;  // m, 1 / Z, and base + e - grad_lse; null: no softmax
-  float* dq;                            // [groups x rows, padded], added up
-  void *dk, *dv;     // as k and v, or null; the same for both where they are one tensor
-  bool past_caches;  // dk and dv are too large for them
-  float* dbias;      // as bias, or null
+  float *sums, *keys;  // [groups x rows] and [groups x rows, padded]: of dS and of w k; or null
+  float* dq;           // [groups x rows, padded], added up
+  void *dk, *dv;       // as k and v, or null; the same for both where they are one tensor
+  bool past_caches;    // dk and dv are too large for them
+  float* dbias;        // as bias, or null
 };
 
 // peaks, sums and slopes [groups x rows]: m, Z and the sum of exp(s - m) (D - base).

@@ -101,6 +101,13 @@ LIVREC_INLINE void slope_row(const AttentionPiece& piece, const AttentionSlopes&
   }
 }
 
+float sum_in(float* d, int64_t count) {
+  Floats total{};
+  for (int64_t t = count; t < kTile; ++t) d[t] = 0.0f;
+  for (int64_t t = 0; t < kTile; t += kLanes) total += load(d + t);
+  return sum_of(total);
+}
+
 // x [count, padded] to rows of a group of `to` [items, groups, dim].
 void narrow_rows(const float* x, TableType type, int64_t groups, int64_t group, int64_t at,
                  int64_t count, int64_t dim, int64_t padded, bool past_caches, void* to) {
@@ -144,6 +151,10 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
   const int64_t tile_bias = piece.bias_heads * kTile;
   for (int64_t i = 0; i < piece.groups * piece.rows * piece.padded; ++i) slopes.dq[i] = 0.0f;
   for (int64_t i = 0; i < tile_bias; ++i) space.dbias[i] = 0.0f;
+  if (slopes.sums != nullptr) {
+    for (int64_t r = 0; r < piece.groups * piece.rows; ++r) slopes.sums[r] = 0.0f;
+    for (int64_t i = 0; i < piece.groups * piece.rows * piece.padded; ++i) slopes.keys[i] = 0.0f;
+  }
   const bool shared = piece.shared;
   Panel keys{};
   float* const dv = shared ? space.dk : space.dv;
@@ -153,11 +164,15 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
         for (int64_t i = 0; i < rows; ++i) {
           float *s = space.s + i * kTile, *d = space.d + i * kTile;
           slope_row(piece, slopes, first + i, space.bias, s, d);
+          if (slopes.sums != nullptr) slopes.sums[first + i] += sum_in(d, tile.count);
           if (slopes.dbias == nullptr) continue;
           float* sums = space.dbias + bias_row(piece, first + i);
           for (int64_t t = 0; t < kTile; t += kLanes) store(sums + t, load(sums + t) + load(d + t));
         }
         if (fresh) keys = panel_of(tile.keys, space.keys);
+        if (slopes.sums != nullptr)
+          multiply({space.s, kTile, 1}, rows, keys.rows, keys.stride, tile.count,
+                   slopes.keys + first * piece.padded, piece.padded, piece.padded, true);
         multiply({space.d, kTile, 1}, rows, keys.rows, keys.stride, tile.count,
                  slopes.dq + first * piece.padded, piece.padded, piece.padded, true);
         if (slopes.dk != nullptr)

@@ -10,6 +10,7 @@ struct Asked {
 };
 
 constexpr int64_t kPastCaches = 16 << 20;  // bytes of a gradient
+constexpr float kPlainLse = 16.0f;
 
 struct Wanted {
   bool q, k, v, bias;
@@ -18,13 +19,17 @@ struct Wanted {
 class Gradient {
  public:
   Gradient(const AttentionCall& call, const Tensor& grad, const Optional& grad_lse,
-           const Tensor& out, const Wanted& wanted)
+           const std::vector<Tensor>& outputs, const Wanted& wanted)
       : call_(call),
         grad_(torch::stable::contiguous(grad)),
-        out_(torch::stable::contiguous(out)),
+        out_(torch::stable::contiguous(outputs[0])),
+        lse_(torch::stable::contiguous(outputs[1])),
+        rest_(torch::stable::contiguous(outputs[2])),
         softmax_(call.activation == Activation::softmax),
         slopes_(3 * call.columns * 4),
-        dq_(call.columns * call.padded * 4) {
+        dq_(call.columns * call.padded * 4),
+        sums_(call.columns * 4),
+        keys_(softmax_ ? call.columns * call.padded * 4 : 0) {
     if (grad_lse) grad_lse_ = torch::stable::contiguous(*grad_lse);
     const auto type = call.q.scalar_type();
     grad_q = empty_cpu(call.q.sizes(), type);
@@ -34,8 +39,11 @@ class Gradient {
   }
 
   void run() {
+    for (int64_t user = 0; user < call_.users; ++user)
+      plain_.push_back(softmax_ && takes_lse(user));
     if (softmax_) {
       each_piece([&](const Task& task, Asked& asked, const AttentionPiece& piece) {
+        if (plain(task.user)) return;
         float* found = slopes(task);
         const int64_t columns = call_.columns_of(task.user);
         LIVREC_CALL(target_attention_slopes, piece, asked.grad, asked.base, found, found + columns,
@@ -79,9 +87,10 @@ class Gradient {
     call_.widen(out_, user, call_.value_dim, width, 1.0f, out);
     call_.widen(grad_, user, call_.value_dim, width, 1.0f, asked.grad);
     for (int64_t c = 0; c < columns; ++c) {
-      float sum = 0.0f;
-      for (int64_t d = 0; d < width; ++d) sum += asked.grad[c * width + d] * out[c * width + d];
-      asked.base[c] = sum;
+      double sum = 0.0;
+      for (int64_t d = 0; d < width; ++d)
+        sum += static_cast<double>(asked.grad[c * width + d]) * out[c * width + d];
+      asked.base[c] = static_cast<float>(sum);
     }
   }
 
@@ -89,11 +98,38 @@ class Gradient {
   float* slopes(const Task& task) const {
     return static_cast<float*>(slopes_.data()) + 3 * task.columns_before;
   }
+  // Of dS, by column.
+  float* sums(const Task& task) const {
+    return static_cast<float*>(sums_.data()) + task.columns_before;
+  }
+  // Of w k, as dq.
+  float* keys(const Task& task) const {
+    return static_cast<float*>(keys_.data()) + task.columns_before * call_.padded;
+  }
   float* dq(const Task& task) const {
     return static_cast<float*>(dq_.data()) + task.columns_before * call_.padded;
   }
   const Task& head_of(int64_t user) const {
     return call_.tasks[static_cast<size_t>(call_.first_task[static_cast<size_t>(user)])];
+  }
+
+  bool plain(int64_t user) const { return plain_[static_cast<size_t>(user)]; }
+
+  // Whether logits are so small that one pass will do.
+  bool takes_lse(int64_t user) const {
+    const float* lse = lse_.const_data_ptr<float>() + call_.first_row(user) * call_.heads;
+    return std::all_of(lse, lse + call_.columns_of(user),
+                       [](float one) { return one == -INFINITY || std::fabs(one) <= kPlainLse; });
+  }
+
+  // Where a column, (head, candidate), lies in arrays [asked, heads].
+  int64_t place_of(int64_t user, int64_t column) const {
+    const int64_t candidates = call_.candidates(user);
+    return (call_.first_row(user) + column % candidates) * call_.heads + column / candidates;
+  }
+
+  float lse_flow(int64_t place) const {
+    return grad_lse_ ? grad_lse_->const_data_ptr<float>()[place] : 0.0f;
   }
 
   // Of all pieces: the greatest logit, 1 / Z, and what is to be subtracted from D - base.
@@ -103,7 +139,14 @@ class Gradient {
     const int64_t first = call_.first_task[static_cast<size_t>(user)],
                   last = call_.first_task[static_cast<size_t>(user) + 1];
     float* joined = slopes(head_of(user));
-    for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t c = 0; c < columns && plain(user); ++c) {
+      const int64_t place = place_of(user, c);
+      const float lse = lse_.const_data_ptr<float>()[place];
+      joined[c] = lse, joined[2 * columns + c] = 0.0f;
+      joined[columns + c] =
+          lse == -INFINITY ? 0.0f : std::exp(-rest_.const_data_ptr<float>()[place]);
+    }
+    for (int64_t c = 0; c < columns && !plain(user); ++c) {
       float most = -INFINITY, total = 0.0f, slope = 0.0f;
       for (int64_t t = first; t < last; ++t) {
         const float peak = slopes(call_.tasks[static_cast<size_t>(t)])[c];
@@ -121,7 +164,7 @@ class Gradient {
   }
 
   void add(const Task& task, Asked& asked, const AttentionPiece& piece) {
-    const int64_t columns = call_.columns_of(task.user), candidates = call_.candidates(task.user);
+    const int64_t columns = call_.columns_of(task.user);
     AttentionSlopes to{};
     to.grad = asked.grad;
     float* less = asked.less_space.of(columns);
@@ -129,13 +172,14 @@ class Gradient {
       const float* joined = slopes(head_of(task.user));
       to.peaks = joined, to.factors = joined + columns, to.less = less;
       for (int64_t c = 0; c < columns; ++c) {
-        const int64_t place =
-            (call_.first_row(task.user) + c % candidates) * call_.heads + c / candidates;
-        less[c] = asked.base[c] + joined[2 * columns + c] -
-                  (grad_lse_ ? grad_lse_->const_data_ptr<float>()[place] : 0.0f);
+        less[c] = asked.base[c] + joined[2 * columns + c] - lse_flow(place_of(task.user, c));
       }
     }
     to.dq = dq(task);
+    if (plain(task.user)) {
+      to.sums = sums(task);
+      to.keys = keys(task);
+    }
     to.past_caches = call_.items * call_.heads * call_.dim * 4 >= kPastCaches;
     to.dk = grad_k ? AttentionCall::at(*grad_k, task.begin) : nullptr;
     to.dv = grad_v ? AttentionCall::at(*grad_v, task.begin) : nullptr;
@@ -154,7 +198,24 @@ class Gradient {
       const float* own = dq(call_.tasks[static_cast<size_t>(t)]);
       for (int64_t i = 0; i < count; ++i) sum[i] += own[i];
     }
+    if (plain(user)) center(user, sum);
     call_.narrow(sum, nullptr, call_.scale, user, call_.dim, call_.padded, grad_q);
+  }
+
+  // Takes out of dq what was left in dS in sum: see target_attention.h.
+  void center(int64_t user, float* dq_of_user) const {
+    const int64_t first = call_.first_task[static_cast<size_t>(user)],
+                  last = call_.first_task[static_cast<size_t>(user) + 1];
+    for (int64_t c = 0; c < call_.columns_of(user); ++c) {
+      if (slopes(head_of(user))[call_.columns_of(user) + c] == 0.0f) continue;  // no item counts
+      double left = -lse_flow(place_of(user, c));
+      for (int64_t t = first; t < last; ++t) left += sums(call_.tasks[static_cast<size_t>(t)])[c];
+      for (int64_t t = first; t < last; ++t) {
+        const float* own = keys(call_.tasks[static_cast<size_t>(t)]) + c * call_.padded;
+        for (int64_t d = 0; d < call_.padded; ++d)
+          dq_of_user[c * call_.padded + d] -= static_cast<float>(left) * own[d];
+      }
+    }
   }
 
   // Nobody asked of this history.
@@ -168,10 +229,11 @@ class Gradient {
   }
 
   const AttentionCall& call_;
-  Tensor grad_, out_;
+  Tensor grad_, out_, lse_, rest_;
+  std::vector<char> plain_;  // [users]
   Optional grad_lse_;
   bool softmax_;
-  Scratch slopes_, dq_;
+  Scratch slopes_, dq_, sums_, keys_;
 };
 
 using Grads = std::vector<Optional>;
@@ -194,7 +256,8 @@ std::vector<Tensor> target_attention_backward(
     const Optional& bias, double scale, const std::string& activation, const Optional& q_offsets,
     const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   const AttentionCall call(q, k, v, offsets, bias, scale, activation, q_offsets);
-  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs[0],
+  STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3, "outputs: must be out, lse and rest");
+  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs,
                     {needs[0], needs[1], needs[2], bias && needs[4]});
   gradient.run();
   std::vector<Tensor> found;
@@ -211,7 +274,8 @@ std::vector<Tensor> shared_attention_backward(const Grads& grads, const Tensor& 
                                               const std::vector<Tensor>& outputs,
                                               const std::vector<bool>& needs) {
   const AttentionCall call(q, x, x, offsets, bias, scale, activation, q_offsets);
-  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs[0],
+  STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3, "outputs: must be out, lse and rest");
+  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs,
                     {needs[0], needs[1], needs[1], bias && needs[3]});
   gradient.run();
   std::vector<Tensor> found;

@@ -3,7 +3,7 @@
 namespace livrec {
 namespace {
 
-using Results = std::tuple<Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor>;  // out, lse, and what lse lost to rounding
 
 // Where a column, (head, candidate), lies in arrays [asked, heads].
 int64_t place_of(const AttentionCall& call, int64_t user, int64_t column) {
@@ -24,6 +24,7 @@ class Forward {
         out_(empty_cpu(shape_of(call.q, call.value_dim), call.q.scalar_type())),
         lse_(call.activation == Activation::softmax ? lse_like(call.q)
                                                     : empty_cpu({0}, ScalarType::Float)),
+        rest_(empty_cpu(lse_.sizes(), ScalarType::Float)),
         sums_(call.columns * call.value_padded * 4),
         peaks_(call.columns * 4),
         totals_(call.columns * 4) {}
@@ -42,7 +43,7 @@ class Forward {
     call_.each_user([&](int64_t begin, int64_t end) {
       for (int64_t user = begin; user < end; ++user) finish(user);
     });
-    return {out_, lse_};
+    return {out_, lse_, rest_};
   }
 
  private:
@@ -82,15 +83,21 @@ class Forward {
           for (int64_t d = 0; d < width; ++d) sum[d] *= factor;
       }
       totals(head)[c] = !softmax ? 1.0f : total == 0.0f ? 0.0f : 1.0f / total;
-      if (softmax)
-        lse_.mutable_data_ptr<float>()[place_of(call_, user, c)] =
-            most == INFINITY ? most : most + std::log(total);
+      if (softmax) note_lse(place_of(call_, user, c), most, total);
     }
     call_.narrow(sums(head), totals(head), 1.0f, user, call_.value_dim, width, out_);
   }
 
+  void note_lse(int64_t place, float most, float total) {
+    const bool held = most > -INFINITY && most < INFINITY && total > 0.0f;
+    const double lse = most + std::log(static_cast<double>(total));
+    float* to = lse_.mutable_data_ptr<float>() + place;
+    *to = most == INFINITY ? most : static_cast<float>(lse);
+    rest_.mutable_data_ptr<float>()[place] = held ? static_cast<float>(lse - *to) : 0.0f;
+  }
+
   const AttentionCall& call_;
-  Tensor out_, lse_;
+  Tensor out_, lse_, rest_;
   Scratch sums_, peaks_, totals_;
 };
 

@@ -42,6 +42,6 @@ def test_workspace_is_as_documented():
     histories = 4 * USERS * ITEMS * HEADS * DIM * 2
     pairs = 4 * USERS * columns * ITEMS
     values = asked + own + pieces * 4 * columns * (DIM + 2)
-    slopes = histories + 4 * asked + own + pieces * 4 * columns * (DIM + 3)
+    slopes = histories + 4 * asked + own + pieces * 4 * columns * (2 * DIM + 4)
     assert forward < values + 2 * MB < pairs / 8, f"{forward / MB:.1f} MB"
     assert both < slopes + 3 * MB < histories + pairs / 8, f"{both / MB:.1f} MB"

@@ -18,6 +18,12 @@ def fake(q: Tensor, value_dim: int, has_lse: bool = True) -> tuple[Tensor, Tenso
     return q.new_empty((*q.shape[:-1], value_dim)), lse
 
 
+def fake_with_rest(q: Tensor, value_dim: int, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty results of target attention: out, lse and what lse lost to rounding."""
+    out, lse = fake(q, value_dim, activation == "softmax")
+    return out, lse, torch.empty_like(lse)
+
+
 def check_query(q: Any, offsets: Any, q_offsets: Any = None) -> None:
     """Check q [B, C, H, d], or [Q, H, d] with q_offsets, and its users' offsets [B + 1]."""
     check_tensor("q", q, ("B", "C", "H", "d") if q_offsets is None else ("Q", "H", "d"), FLOATS)

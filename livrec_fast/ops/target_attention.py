@@ -18,8 +18,8 @@ from ._code_fields import refuse_wide
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, scale: float,
     activation: str, q_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _attention.fake(q, v.shape[2], activation == "softmax")
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _attention.fake_with_rest(q, v.shape[2], activation)
 
 
 def _check_values(
@@ -39,10 +39,11 @@ def _refuse_tiles(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
     return refuse_triton(q)
 
 
-def _triton(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _triton(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import target_attention
 
-    return target_attention.target_attention(q, *rest)
+    out, lse = target_attention.target_attention(q, *rest)
+    return out, lse, torch.zeros_like(lse)  # its gradient sums weights anew
 
 
 def _triton_backward(
@@ -50,7 +51,7 @@ def _triton_backward(
 ) -> list[Tensor]:
     from ..kernels import target_attention_gradient as kernels
 
-    out, lse = outputs
+    out, lse, _ = outputs
     grad = torch.zeros_like(out) if grads[0] is None else grads[0]
     grad_lse = grads[1] if args[6] == "softmax" else None
     return kernels.target_attention_gradient(grad, grad_lse, *args, out, lse, needs)
@@ -59,9 +60,9 @@ def _triton_backward(
 _op = Op(
     "target_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor? bias, float scale, str activation, "
-    "Tensor? q_offsets) -> (Tensor out, Tensor lse)",
+    "Tensor? q_offsets) -> (Tensor out, Tensor lse, Tensor rest)",
     fake=_fake,
-    reference=reference.target_attention,
+    reference=reference.with_rest,
     check_values=_check_values,
     backends=(
         Backend("native", refuse_wide, backward=None),
@@ -124,7 +125,7 @@ def target_attention(
     not the bias. The same inputs give the same bits on every run and, on a CPU, for any number of
     threads (the reference uses torch's matrix products, whose bits may change with it). Nothing is
     padded. Workspace on a CPU: for every 1,024 rows of a history that it begins (2,048 for more
-    than 256 candidates, and so on), 4 C H (dv + 2) bytes and in the gradient 4 C H (d + 3), with d
+    than 256 candidates, and so on), 4 C H (dv + 2) bytes and in the gradient 4 C H (2 d + 4), with d
     and dv rounded up to 16; per thread 4 C H (d + 2 dv) and about 1,000 (d + dv + H) + 16,384
     bytes. Of the reference: a few float32 arrays of C x H x the longest history; its gradient, of
     C x H x T.
@@ -151,5 +152,5 @@ def target_attention(
     bias = _attention.check_bias(bias, q, k.shape[0])
     check_same("device", q=q, k=k, v=v, offsets=offsets, bias=bias)
     scale = _attention.resolve_scale(scale, q)
-    out, lse = _op(q, k, v, offsets, bias, scale, activation, q_offsets, backend=backend)
+    out, lse, _ = _op(q, k, v, offsets, bias, scale, activation, q_offsets, backend=backend)
     return (out, lse) if return_lse else out

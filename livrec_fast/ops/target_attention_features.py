@@ -33,14 +33,14 @@ def _check_values(
 def _fake(
     q: Tensor, x: Tensor, offsets: Tensor, bias: Tensor | None, scale: float, activation: str,
     q_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _attention.fake(q, x.shape[1], activation == "softmax")
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _attention.fake_with_rest(q, x.shape[1], activation)
 
 
 _shared = Op(
     "shared_attention",
     "(Tensor q, Tensor x, Tensor offsets, Tensor? bias, float scale, str activation, "
-    "Tensor? q_offsets) -> (Tensor out, Tensor lse)",
+    "Tensor? q_offsets) -> (Tensor out, Tensor lse, Tensor rest)",
     fake=_fake,
     reference=reference.shared_attention,
     check_values=_check_values,
@@ -75,12 +75,12 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 def _factored(
     q: Tensor, x: Tensor, w_k: Tensor, w_v: Tensor, *rest: Any, kernel: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend with q w_k^T over the rows of x, and turn what they average to into values."""
     with plain_torch(q.device), torch.no_grad():
         asking = _projected(q, w_k.permute(1, 2, 0))
-        mixed, lse = _shared.operator(kernel)(asking, x, *rest)
-        return _projected(mixed, w_v.transpose(0, 1)), lse, mixed
+        mixed, lse, lost = _shared.operator(kernel)(asking, x, *rest)
+        return _projected(mixed, w_v.transpose(0, 1)), lse, mixed, lost
 
 
 def _factored_backward(
@@ -88,7 +88,7 @@ def _factored_backward(
     bias: Tensor | None, *rest: Any, outputs: Sequence[Tensor], needs: Sequence[bool], kernel: str,
 ) -> list[Tensor]:  # fmt: skip
     """Differentiate the two products; between them the kernel differentiates itself."""
-    out, lse, mixed = outputs
+    out, lse, mixed, lost = outputs
     with plain_torch(q.device), torch.no_grad():
         grad = torch.zeros_like(out) if grads[0] is None else grads[0]
         flow = _projected(grad, w_v.permute(1, 2, 0))
@@ -99,7 +99,7 @@ def _factored_backward(
         kernel_needs = [wants_query, needs[1], False, *needs[5:]]
         backward = getattr(torch.ops.livrec.shared_attention_backward, kernel)
         given = (asking, x, offsets, bias, *rest)
-        found = iter(backward([flow, grads[1]], *given, [mixed, lse], kernel_needs))
+        found = iter(backward([flow, grads[1], None], *given, [mixed, lse, lost], kernel_needs))
         grad_asking = next(found) if wants_query else asking
         made: list[Callable[[], Tensor]] = [
             lambda: _projected(grad_asking, w_k.transpose(0, 1)),
@@ -124,15 +124,15 @@ def _backend(shared: Backend) -> Backend:
 def _features_fake(
     q: Tensor, x: Tensor, w_k: Tensor, w_v: Tensor, offsets: Tensor, bias: Tensor | None,
     scale: float, activation: str, q_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    mixed = q.new_empty((*q.shape[:-1], x.shape[1]))
-    return *_attention.fake(q, w_v.shape[2], activation == "softmax"), mixed
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, lse, rest = _attention.fake_with_rest(q, w_v.shape[2], activation)
+    return out, lse, q.new_empty((*q.shape[:-1], x.shape[1])), rest
 
 
 _features = Op(
     "target_attention_features",
     "(Tensor q, Tensor x, Tensor w_k, Tensor w_v, Tensor offsets, Tensor? bias, float scale, "
-    "str activation, Tensor? q_offsets) -> (Tensor out, Tensor lse, Tensor mixed)",
+    "str activation, Tensor? q_offsets) -> (Tensor out, Tensor lse, Tensor mixed, Tensor rest)",
     fake=_features_fake,
     reference=reference.target_attention_features,
     check_values=lambda q, x, w_k, w_v, *rest: _check_values(q, x, *rest),
@@ -198,7 +198,7 @@ def shared_attention(
     bias = _attention.check_bias(bias, q, x.shape[0])
     check_same("device", q=q, x=x, offsets=offsets, bias=bias)
     scale = _attention.resolve_scale(scale, q)
-    out, lse = _shared(q, x, offsets, bias, scale, activation, q_offsets, backend=backend)
+    out, lse, _ = _shared(q, x, offsets, bias, scale, activation, q_offsets, backend=backend)
     return (out, lse) if return_lse else out
 
 
@@ -276,5 +276,5 @@ def target_attention_features(
     bias = _attention.check_bias(bias, q, x.shape[0])
     check_same("device", q=q, x=x, w_k=w_k, w_v=w_v, offsets=offsets, bias=bias)
     rest = (bias, _attention.resolve_scale(scale, q), activation, q_offsets)
-    out, lse, _ = _features(q, x, w_k, w_v, offsets, *rest, backend=backend)
+    out, lse, *_ = _features(q, x, w_k, w_v, offsets, *rest, backend=backend)
     return (out, lse) if return_lse else out

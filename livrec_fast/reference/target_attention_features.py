@@ -8,32 +8,32 @@ import torch
 from torch import Tensor
 
 from ._oracle import Oracle, randn, random_offsets
-from .target_attention import ACTIVATIONS, draw_bias, target_attention
+from .target_attention import ACTIVATIONS, draw_bias, with_rest
 
 
 def shared_attention(
     q: Tensor, x: Tensor, offsets: Tensor, bias: Tensor | None, scale: float, activation: str,
     q_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Attend with the rows of x as the keys and the values of every head."""
     rows = by_head(x, q)
-    return target_attention(q, rows, rows, offsets, bias, scale, activation, q_offsets)
+    return with_rest(q, rows, rows, offsets, bias, scale, activation, q_offsets)
 
 
 def target_attention_features(
     q: Tensor, x: Tensor, w_k: Tensor, w_v: Tensor, offsets: Tensor, bias: Tensor | None,
     scale: float, activation: str, q_offsets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Attend with keys x w_k and values x w_v; also weigh x itself, which kernels' gradients use.
 
     The weights meet values and features alike: [v, x] are averaged as one.
     """
     k, v = (torch.einsum("tD,Dhd->thd", x, w) for w in (w_k, w_v))
     both = torch.cat([v, by_head(x, q)], 2)
-    found, lse = target_attention(q, k, both, offsets, bias, scale, activation, q_offsets)
+    found, lse, rest = with_rest(q, k, both, offsets, bias, scale, activation, q_offsets)
     parts = found.split([v.shape[2], x.shape[1]], -1)
     out, mixed = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return out, lse, mixed
+    return out, lse, mixed, rest
 
 
 def by_head(x: Tensor, q: Tensor) -> Tensor:
