@@ -125,8 +125,8 @@ def target_attention(
     not the bias. The same inputs give the same bits on every run and, on a CPU, for any number of
     threads (the reference uses torch's matrix products, whose bits may change with it). Nothing is
     padded. Workspace on a CPU: for every 1,024 rows of a history that it begins (2,048 for more
-    than 256 candidates, and so on), 4 C H (dv + 2) bytes and in the gradient 4 C H (2 d + 4), with d
-    and dv rounded up to 16; per thread 4 C H (d + 2 dv) and about 1,000 (d + dv + H) + 16,384
+    than 256 candidates, and so on), 4 C H (dv + 2) bytes and in the gradient 4 C H (2 d + 4), with
+    d and dv rounded up to 16; per thread 4 C H (d + 2 dv) and about 1,000 (d + dv + H) + 16,384
     bytes. Of the reference: a few float32 arrays of C x H x the longest history; its gradient, of
     C x H x T.
 
