@@ -78,7 +78,7 @@ def contestants(
             lambda q, k: linear_cross_entropy(q, k, temperature), inputs, with_gradients
         )
 
-    yield Contestant("torch eager", lambda given: training(plain, given, with_gradients))
+    yield Contestant("torch eager, plain", lambda given: training(plain, given, with_gradients))
     if peers._lacks_compiler(options):
         yield Absent("torch.compile", "torch.compile needs a C++ compiler on a CPU")
     else:

@@ -232,6 +232,6 @@ def test_workspace_is_as_documented():
         pytest.skip("the peak cannot be reset here")
     bits, matrix = ROWS**2 / 8, ROWS**2 * 4
     own = 2 * 2 * 4 * ROWS * 144 + 2 * 4 * ROWS * 128 + 100 * ROWS  # units, gradients, results
-    spare = 12 * MB  # what the allocator leaves between
+    spare = 20 * MB  # what the allocator leaves between, in huge pages
     assert plain < own + spare < matrix / 8, f"{plain / MB:.1f} MB"
     assert with_pairs < own + bits + spare < matrix / 7, f"{with_pairs / MB:.1f} MB"
