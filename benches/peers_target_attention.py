@@ -185,9 +185,10 @@ def contestants(
 ) -> Iterator[Contestant | Absent]:
     """Yield all peers of a case; FlexAttention not if quick, nor with gradients on a CPU.
 
-    rough: the rule of FlexAttention, whose float32 errs more than the formula's.
+    rough: the rule of peers that err more than the formula, FlexAttention in float32 and gradients
+        of SDPA in 16 bits.
     """
-    yield Contestant("SDPA", sdpa(options), finish=finish)
+    yield Contestant("SDPA", sdpa(options), finish=finish, agree=rough)
     if training and options.device == "cpu":
         yield Absent("FlexAttention", "FlexAttention has no gradients on a CPU")
     elif not options.quick:
