@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from livrec_fast.reference import residual_kmeans as reference
+from livrec_fast.testing.subjects import to_double
 
 _SCORES = 2**24  # float64 scores held at once: 128 MB
 
@@ -66,33 +67,26 @@ class Close:
 
     formula: gives the outputs, of the inputs and of them in float64; computed once for all
         contestants.
+    rounding: of the greatest magnitude of an output, what may be added to that.
     """
 
-    def __init__(self, formula: Callable[[dict[str, Any]], list[Tensor]]) -> None:
+    def __init__(
+        self, formula: Callable[[dict[str, Any]], list[Tensor]], rounding: float = 1e-6
+    ) -> None:
         self._formula = formula
+        self._rounding = rounding
         self._same: list[Tensor] = []
         self._exact: list[Tensor] = []
 
     def __call__(self, output: Any, inputs: dict[str, Any], times: float = 2) -> None:
         """Raise AssertionError where an output, or a gradient, is further off."""
         if not self._exact:
-            self._same, self._exact = self._formula(inputs), self._formula(doubled(inputs))
+            self._same, self._exact = self._formula(inputs), self._formula(to_double(inputs))
         found = [output] if isinstance(output, Tensor) else list(output)
         for at, (got, same, exact) in enumerate(zip(found, self._same, self._exact, strict=True)):
             assert got.shape == exact.shape, f"{at}: shape {list(got.shape)}"
             error, own = (got - exact).abs(), (same - exact).abs()
             for norm in (Tensor.amax, lambda x: x.square().mean().sqrt()):
-                limit = times * norm(own) + 1e-6 * norm(exact.abs()).clamp(min=1)
+                limit = times * norm(own) + self._rounding * norm(exact.abs()).clamp(min=1)
                 off = norm(error)
                 assert off <= limit, f"output {at}: off by {off:.3g}, limit {limit:.3g}"
-
-
-def doubled(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs in float64."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, list):
-            return [wide(item) for item in value]
-        return value.double() if value.is_floating_point() else value
-
-    return {name: wide(value) for name, value in inputs.items()}

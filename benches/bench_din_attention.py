@@ -11,9 +11,9 @@ from torch import Tensor
 
 import livrec_fast
 from livrec_fast.benchmarking import Case, Contestant, Options, ours
-from livrec_fast.testing.subjects import to_double
 
 from . import peers
+from .agreement import Close
 
 UNITS = {"sigmoid": (80, 40), "relu": (64, 16), "dice": (64,)}  # as published, and as libraries do
 Inputs = dict[str, Any]
@@ -75,7 +75,7 @@ def case(
         sizes={**shape, "units": list(UNITS[kind]), "activation": kind},
         dtype=torch.float32,
         make=partial(draw, kind, users, items, candidates, dim, training),
-        agree=Close(),
+        agree=Close(_formula, rounding=4e-6),  # sums over all pairs round by their number
         contestants=[
             *ours(function, options),
             peers.eager(partial(function, backend="reference")),
@@ -165,28 +165,6 @@ def gradients(
 
     out = function(**{name: leaf(value) for name, value in inputs.items()})
     return torch.autograd.grad(out, leaves, grad)
-
-
-class Close:
-    """Hold outputs to float64, by twice the formula's own error in float32 and rounding.
-
-    Sums of gradients over all pairs round by their number: 4 units in the last place more for them.
-    """
-
-    def __init__(self) -> None:
-        self._same: list[Tensor] = []
-        self._exact: list[Tensor] = []
-
-    def __call__(self, output: Any, inputs: Inputs) -> None:
-        """Raise AssertionError where an output, or a gradient, is further off."""
-        if not self._exact:
-            self._same, self._exact = _formula(inputs), _formula(to_double(inputs))
-        found = [output] if isinstance(output, Tensor) else list(output)
-        for at, (got, same, exact) in enumerate(zip(found, self._same, self._exact, strict=True)):
-            assert got.shape == exact.shape, f"{at}: shape {list(got.shape)}"
-            limit = 2 * (same - exact).abs().amax() + 4e-6 * exact.abs().amax().clamp(min=1)
-            off = (got - exact).abs().amax()
-            assert off <= limit, f"output {at}: off by {off:.3g}, limit {limit:.3g}"
 
 
 def _formula(inputs: Inputs) -> list[Tensor]:

@@ -94,7 +94,7 @@ def case(
         ],
         # keys and values are read once, and with gradients once more and theirs are written
         bytes=2 * size * HEADS * dim * total * (3 if training else 1),
-        flops=4 * total * candidates * HEADS * dim * (5 if training else 2) // 2,
+        flops=4 * total * candidates * HEADS * dim * (7 if training else 2) // 2,
         direction="forward+backward" if training else "forward",
         long=total * candidates * (4 if training else 1) > USERS * ITEMS * 64,
     )

@@ -74,7 +74,7 @@ def case(
             Contestant("products + SDPA", partial(products, options)),
         ],
         bytes=4 * FEATURES * total * (3 if training else 1),
-        flops=4 * total * candidates * HEADS * FEATURES * (5 if training else 2) // 2,
+        flops=4 * total * candidates * HEADS * FEATURES * (7 if training else 2) // 2,
         direction="forward+backward" if training else "forward",
         long=total * candidates * (4 if training else 1) > USERS * ITEMS * 64,
     )

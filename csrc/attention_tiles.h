@@ -108,16 +108,11 @@ LIVREC_INLINE void end_row(float* s, int64_t count) {
   for (int64_t t = count; t < kTile; ++t) s[t] = -kInfinity;
 }
 
-LIVREC_INLINE float exp_of(float x) { return exponential<kLanes>(Floats{} + x)[0]; }
-
 LIVREC_INLINE float greatest_in(const float* s, float known) {
   Floats most = Floats{} + known;
   for (int64_t t = 0; t < kTile; t += kLanes) most = greater<kLanes>(load(s + t), most);
   return greatest_of(most);
 }
-
-// What exponentials are taken less: a row without items has none.
-LIVREC_INLINE float shift_of(float peak) { return peak == -kInfinity ? 0.0f : peak; }
 
 // The weight of a logit that an activation other than the softmax gives, and its derivative.
 struct Weight {
@@ -149,8 +144,6 @@ LIVREC_INLINE void weigh_row(const AttentionPiece& piece, const float* bias, flo
     if (slopes != nullptr) store(slopes + t, load(slopes + t) * weight.slope);
   }
 }
-
-LIVREC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Takes scratch memory apart.
 struct Space {

@@ -217,10 +217,8 @@ void gather_row(const void* table, TableType type, int64_t row, int64_t heads, i
   for (int64_t h = 0; h < heads; ++h, out += padded, floats += dim, halves += dim) {
     if (type == TableType::f32)
       for (int64_t d = 0; d < dim; ++d) out[d] = floats[d];
-    else if (type == TableType::f16)
-      for (int64_t d = 0; d < dim; ++d) out[d] = float_of_f16(halves[d]);
     else
-      for (int64_t d = 0; d < dim; ++d) out[d] = float_of_bf16(halves[d]);
+      widen_row(halves, type == TableType::f16, dim, out);
     for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
   }
 }

@@ -23,8 +23,6 @@ LIVREC_INLINE void shaped(const CodeShape& shape, const Visit& visit) {
   return visit.template run<kLanes, 4>();
 }
 
-LIVREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // The head of a column; columns past the last count as the last.
 LIVREC_INLINE int64_t head_of(const CodeBlock& block, int64_t column) {
   const int64_t last = block.heads * block.candidates - 1;

@@ -4,8 +4,6 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-LIVREC_INLINE float exp_of(float x) { return exponential<kLanes>(Floats{} + x)[0]; }
-
 // Exponentials of a row of products, added to those of earlier tiles. They are as exact as those of
 // the gradient, whose weights then add up to what they should.
 LIVREC_INLINE void add_row(const Contrastive& call, const float* bias, int64_t width,
@@ -52,7 +50,7 @@ double product_of(const float* a, const float* b, int64_t dim) {
 void round_row(float* row, TableType type, int64_t dim) {
   uint16_t halves[kPanel];
   for (int64_t d = 0; d < dim; d += kPanel) {
-    const int64_t count = lesser(kPanel, dim - d);
+    const int64_t count = least(kPanel, dim - d);
     narrow_row(row + d, type == TableType::f16, count, halves);
     widen_row(halves, type == TableType::f16, count, row + d);
   }
@@ -101,14 +99,14 @@ void contrastive_pairs(const ContrastiveSide& units, int64_t dim, int64_t stride
                        float* scratch) {
   const TileSpace space(scratch, dim);
   const int64_t first = above * kPairsBlock, column = block * kPairsBlock,
-                rows = lesser(kPairsBlock, units.count - first),
-                columns = lesser(kPairsBlock, units.count - column);
+                rows = least(kPairsBlock, units.count - first),
+                columns = least(kPairsBlock, units.count - column);
   uint64_t found[kPairsBlock][kBlockWords] = {}, turned[kPairsBlock][kBlockWords] = {};
   for (int64_t at = 0; at < columns; at += kPanel) {
     turn_panel(units, dim, stride, column + at, space.panels);
-    const uint64_t held = ~uint64_t{0} >> (kPanel - lesser(kPanel, columns - at));
+    const uint64_t held = ~uint64_t{0} >> (kPanel - least(kPanel, columns - at));
     for (int64_t r = 0; r < rows; r += kPanel) {
-      const int64_t count = lesser(kPanel, rows - r);
+      const int64_t count = least(kPanel, rows - r);
       tile_products(units.units + (first + r) * stride, count, stride, space.panels, kPanel, dim,
                     space.s);
       for (int64_t i = 0; i < count; ++i) {
@@ -122,7 +120,7 @@ void contrastive_pairs(const ContrastiveSide& units, int64_t dim, int64_t stride
   const auto write = [=](const uint64_t (*bits)[kBlockWords], int64_t row, int64_t count,
                          int64_t word) {
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t w = 0; w < lesser(kBlockWords, words - word); ++w)
+      for (int64_t w = 0; w < least(kBlockWords, words - word); ++w)
         pairs[(row + i) * words + word + w] = bits[i][w];
   };
   write(found, first, rows, block * kBlockWords);

@@ -44,7 +44,7 @@ void contrastive_backward(const Contrastive& call, const ContrastivePart& part, 
         weigh_row<true>(call, slopes, row + i, column, width, space.s + i * kTileStride);
       else
         weigh_row<false>(call, slopes, row + i, column, width, space.s + i * kTileStride);
-    const int64_t columns = lesser(width, call.keys.count - column);
+    const int64_t columns = least(width, call.keys.count - column);
     if (slopes.dq != nullptr)
       multiply({space.s, kTileStride, 1}, rows, call.keys.units + column * stride, stride, columns,
                slopes.dq + row * stride, stride, padded, true);

@@ -165,7 +165,15 @@ std::vector<Tensor> in_batch_contrastive_backward(
     const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   ContrastiveCall called({query, key, temperature, normalize, symmetric, query_ids, key_ids,
                           threshold, log_q, valid, extra_keys});
-  if (threshold && keep_pairs) called.use_pairs(outputs[2]);
+  const int64_t batch = called.batch, words = (batch + kPairsPerWord - 1) / kPairsPerWord;
+  STD_TORCH_CHECK(
+      outputs.size() == 3 && grads.size() == 3 && (!grads[0] || grads[0]->numel() == batch) &&
+          outputs[1].numel() == (symmetric ? 2 : 1) * batch &&
+          outputs[1].scalar_type() == ScalarType::Double &&
+          outputs[2].numel() == (threshold && keep_pairs ? batch * words : 0) &&
+          outputs[2].scalar_type() == ScalarType::Long,
+      "outputs, grads: must be losses, lse and pairs, as the forward pass gives them");
+  if (threshold && keep_pairs) called.use_pairs(torch::stable::contiguous(outputs[2]));
   size_t at = 3;
   const auto next = [&](const Optional& x) { return x && needs[at++]; };
   next(query_ids), next(key_ids);

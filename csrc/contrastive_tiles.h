@@ -10,8 +10,6 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-LIVREC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-
 LIVREC_INLINE int64_t padded_to_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
 LIVREC_INLINE Ints load_ids(const int32_t* from) {
@@ -24,7 +22,7 @@ inline void turn_panel(const ContrastiveSide& side, int64_t dim, int64_t stride,
                        float* out) {
   const float* rows = side.units + first * stride;
   transpose([=](int64_t i, int64_t d) { return load(rows + i * stride + d); },
-            lesser(kPanel, side.count - first), padded_to_lanes(dim), out, kPanel);
+            least(kPanel, side.count - first), padded_to_lanes(dim), out, kPanel);
 }
 
 constexpr int64_t kChain = 32;  // numbers added one by one; longer sums are sums of such
@@ -38,24 +36,13 @@ inline void tile_products(const float* rows, int64_t count, int64_t stride, cons
   for (int64_t at = 0; at < columns; at += kPanel)
     for (int64_t d = 0; d < dim; d += kChain)
       multiply({rows + d, stride, 1}, even, panels + at * padded + d * kPanel, kPanel,
-               lesser(kChain, dim - d), s + at, kTileStride, kPanel, d > 0);
-}
-
-// One bit for each lane, the first in the lowest.
-LIVREC_INLINE uint64_t bits_of_lanes(Ints lanes) {
-#if defined(__AVX512F__)
-  return static_cast<uint16_t>(__builtin_ia32_cvtd2mask512(lanes));
-#else
-  uint64_t bits = 0;
-  for (int j = 0; j < kLanes; ++j) bits |= static_cast<uint64_t>(lanes[j] & 1) << j;
-  return bits;
-#endif
+               least(kChain, dim - d), s + at, kTileStride, kPanel, d > 0);
 }
 
 // One bit for each product of a panel above the threshold.
 LIVREC_INLINE uint64_t bits_above(const float* s, float threshold) {
   uint64_t bits = 0;
-  for (int64_t v = 0; v < kPanel; v += kLanes) bits |= bits_of_lanes(load(s + v) > threshold) << v;
+  for (int64_t v = 0; v < kPanel; v += kLanes) bits |= static_cast<uint64_t>(bits_of_lanes<kLanes>(load(s + v) > threshold)) << v;
   return bits;
 }
 
@@ -105,9 +92,6 @@ LIVREC_INLINE Floats logits_of(const Contrastive& call, Floats products, Floats 
          fused(products, Floats{} + call.rest, bias);
 }
 
-// What exponentials are taken less: a row without pairs has none.
-LIVREC_INLINE float shift_of(float peak) { return peak == -kInfinity ? 0.0f : peak; }
-
 // Takes scratch memory apart: a tile of products, and the panels of its columns.
 struct TileSpace {
   float *s, *panels, *similar, *similar_panels;
@@ -128,7 +112,7 @@ inline void turn_panels(const ContrastiveSide& side, const Contrastive& call, in
 // A tile of masked products.
 inline void fill_tile(const Contrastive& call, const TileSpace& space, int64_t column,
                       int64_t width, int64_t row, int64_t rows) {
-  const int64_t stride = call.stride, similar = lesser(width, call.similar.count - column);
+  const int64_t stride = call.stride, similar = least(width, call.similar.count - column);
   tile_products(call.queries.units + row * stride, rows, stride, space.panels, width, call.dim,
                 space.s);
   if (similar > 0)
@@ -154,11 +138,11 @@ LIVREC_INLINE void each_tile(const Contrastive& call, const ContrastivePart& par
                              const TileSpace& space, const Visit& visit) {
   for (int64_t at = 0; at < part.columns; at += kTileColumns) {
     const int64_t column = part.column + at,
-                  width = lesser(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
+                  width = least(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
     turn_panels(call.keys, call, column, width, space.panels);
     turn_panels(call.similar, call, column, width, space.similar_panels);
     for (int64_t r = 0; r < part.rows; r += kTileRows) {
-      const int64_t row = part.row + r, rows = lesser(kTileRows, part.rows - r);
+      const int64_t row = part.row + r, rows = least(kTileRows, part.rows - r);
       fill_tile(call, space, column, width, row, rows);
       visit(column, width, row, rows);
     }

@@ -70,10 +70,8 @@ void din_widen(const void* x, TableType type, int64_t count, int64_t dim, int64_
   for (int64_t i = 0; i < count; ++i, floats += dim, halves += dim, out += padded) {
     if (type == TableType::f32)
       for (int64_t d = 0; d < dim; ++d) out[d] = floats[d];
-    else if (type == TableType::f16)
-      for (int64_t d = 0; d < dim; ++d) out[d] = float_of_f16(halves[d]);
     else
-      for (int64_t d = 0; d < dim; ++d) out[d] = float_of_bf16(halves[d]);
+      widen_row(halves, type == TableType::f16, dim, out);
     for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
   }
 }
@@ -85,10 +83,8 @@ void din_narrow(const float* x, TableType type, int64_t count, int64_t dim, int6
   for (int64_t i = 0; i < count; ++i, x += padded, floats += dim, halves += dim) {
     if (type == TableType::f32)
       for (int64_t d = 0; d < dim; ++d) floats[d] = x[d];
-    else if (type == TableType::f16)
-      for (int64_t d = 0; d < dim; ++d) halves[d] = f16_of(x[d]);
     else
-      for (int64_t d = 0; d < dim; ++d) halves[d] = bf16_of(x[d]);
+      narrow_row(x, type == TableType::f16, dim, halves);
   }
 }
 

@@ -6,7 +6,6 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-LIVREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LIVREC_INLINE int64_t in_tiles(int64_t size) { return (size + kTile - 1) / kTile * kTile; }
 
 // Sums of a unit over V vectors of items.

@@ -27,10 +27,7 @@ const float* row_of(const SearchKeys& keys, int64_t item, float* space) {
   const auto* floats = static_cast<const float*>(keys.keys) + item * keys.stride;
   const auto* halves = static_cast<const uint16_t*>(keys.keys) + item * keys.stride;
   if (keys.type == TableType::f32) return floats;
-  if (keys.type == TableType::f16)
-    for (int64_t d = 0; d < keys.dim; ++d) space[d] = float_of_f16(halves[d]);
-  else
-    for (int64_t d = 0; d < keys.dim; ++d) space[d] = float_of_bf16(halves[d]);
+  widen_row(halves, keys.type == TableType::f16, keys.dim, space);
   return space;
 }
 

@@ -84,7 +84,7 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
   for (int64_t r = 0; r < all * piece.value_padded; ++r) out[r] = 0.0f;
   for (int64_t r = 0; r < all; ++r) peaks[r] = -kInfinity, sums[r] = 0.0f;
   for (int64_t at = 0; at < piece.items; at += kTile) {
-    const int64_t count = lesser(kTile, piece.items - at);
+    const int64_t count = least(kTile, piece.items - at);
     turn_bias(piece, at, count, space.bias);
     for (int64_t group = 0; group < piece.groups; ++group) {
       const Stretch keys =
@@ -97,7 +97,7 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
         fetch_share(piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
       turn(keys, space.keys, space.turned);
       for (int64_t r = 0; r < piece.rows; r += kRowTile) {
-        const int64_t rows = lesser(kRowTile, piece.rows - r), first = group * piece.rows + r;
+        const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
         logits_of(piece, first, rows, space.turned, space.bias, space.s);
         for (int64_t i = 0; i < rows; ++i) {
           float* s = space.s + i * kTile;

@@ -54,12 +54,12 @@ LIVREC_INLINE void each_block(const AttentionPiece& piece, const GradientSpace& 
                               const float* grad, const Visit& visit, const Close& close,
                               const Finish& finish) {
   for (int64_t at = 0; at < piece.items; at += kTile) {
-    Tile tile{piece, space, at, lesser(kTile, piece.items - at), {}};
+    Tile tile{piece, space, at, least(kTile, piece.items - at), {}};
     turn_bias(piece, at, tile.count, space.bias);
     for (int64_t group = 0; group < piece.groups; ++group) {
       tile.open(group);
       for (int64_t r = 0; r < piece.rows; r += kRowTile) {
-        const int64_t rows = lesser(kRowTile, piece.rows - r), first = group * piece.rows + r;
+        const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
         tile.products(grad, first, rows);
         visit(tile, first, rows, r == 0);
       }

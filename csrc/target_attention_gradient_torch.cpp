@@ -10,7 +10,7 @@ struct Asked {
 };
 
 constexpr int64_t kPastCaches = 16 << 20;  // bytes of a gradient
-constexpr float kPlainLse = 16.0f;
+constexpr float kPlainLse = 16.0f;  // logits at which rounding of out still shows in no gradient
 
 struct Wanted {
   bool q, k, v, bias;
@@ -42,8 +42,7 @@ class Gradient {
     for (int64_t user = 0; user < call_.users; ++user)
       plain_.push_back(softmax_ && takes_lse(user));
     if (softmax_) {
-      each_piece([&](const Task& task, Asked& asked, const AttentionPiece& piece) {
-        if (plain(task.user)) return;
+      each_piece(false, [&](const Task& task, Asked& asked, const AttentionPiece& piece) {
         float* found = slopes(task);
         const int64_t columns = call_.columns_of(task.user);
         LIVREC_CALL(target_attention_slopes, piece, asked.grad, asked.base, found, found + columns,
@@ -53,7 +52,7 @@ class Gradient {
         for (int64_t user = begin; user < end; ++user) join_slopes(user);
       });
     }
-    each_piece([&](const Task& task, Asked& asked, const AttentionPiece& piece) {
+    each_piece(true, [&](const Task& task, Asked& asked, const AttentionPiece& piece) {
       add(task, asked, piece);
     });
     call_.each_user([&](int64_t begin, int64_t end) {
@@ -65,12 +64,14 @@ class Gradient {
   Optional grad_k, grad_v, grad_bias;
 
  private:
+  // Visits the pieces, those of plain users or not.
   template <typename Visit>
-  void each_piece(const Visit& visit) {
+  void each_piece(bool of_plain, const Visit& visit) {
     call_.each_task([&](int64_t begin, int64_t end) {
       Asked asked;
       for (int64_t t = begin; t < end; ++t) {
         const Task& task = call_.tasks[static_cast<size_t>(t)];
+        if (plain(task.user) && !of_plain) continue;
         ask(task.user, asked);
         visit(task, asked, call_.piece_of(task, asked.q, asked.scratch, true));
       }
@@ -122,12 +123,6 @@ class Gradient {
                        [](float one) { return one == -INFINITY || std::fabs(one) <= kPlainLse; });
   }
 
-  // Where a column, (head, candidate), lies in arrays [asked, heads].
-  int64_t place_of(int64_t user, int64_t column) const {
-    const int64_t candidates = call_.candidates(user);
-    return (call_.first_row(user) + column % candidates) * call_.heads + column / candidates;
-  }
-
   float lse_flow(int64_t place) const {
     return grad_lse_ ? grad_lse_->const_data_ptr<float>()[place] : 0.0f;
   }
@@ -140,7 +135,7 @@ class Gradient {
                   last = call_.first_task[static_cast<size_t>(user) + 1];
     float* joined = slopes(head_of(user));
     for (int64_t c = 0; c < columns && plain(user); ++c) {
-      const int64_t place = place_of(user, c);
+      const int64_t place = call_.place_of(user, c);
       const float lse = lse_.const_data_ptr<float>()[place];
       joined[c] = lse, joined[2 * columns + c] = 0.0f;
       joined[columns + c] =
@@ -172,7 +167,7 @@ class Gradient {
       const float* joined = slopes(head_of(task.user));
       to.peaks = joined, to.factors = joined + columns, to.less = less;
       for (int64_t c = 0; c < columns; ++c) {
-        less[c] = asked.base[c] + joined[2 * columns + c] - lse_flow(place_of(task.user, c));
+        less[c] = asked.base[c] + joined[2 * columns + c] - lse_flow(call_.place_of(task.user, c));
       }
     }
     to.dq = dq(task);
@@ -208,7 +203,7 @@ class Gradient {
                   last = call_.first_task[static_cast<size_t>(user) + 1];
     for (int64_t c = 0; c < call_.columns_of(user); ++c) {
       if (slopes(head_of(user))[call_.columns_of(user) + c] == 0.0f) continue;  // no item counts
-      double left = -lse_flow(place_of(user, c));
+      double left = -lse_flow(call_.place_of(user, c));
       for (int64_t t = first; t < last; ++t) left += sums(call_.tasks[static_cast<size_t>(t)])[c];
       for (int64_t t = first; t < last; ++t) {
         const float* own = keys(call_.tasks[static_cast<size_t>(t)]) + c * call_.padded;
@@ -250,13 +245,26 @@ Optional lse_grad(const Grads& grads, const AttentionCall& call) {
   return call.activation == Activation::softmax ? grads[1] : std::nullopt;
 }
 
+void check_outputs(const AttentionCall& call, const Grads& grads,
+                   const std::vector<Tensor>& outputs) {
+  const int64_t logits = call.activation == Activation::softmax ? call.asked * call.heads : 0;
+  const auto fits = [&](const Optional& out, const Optional& lse) {
+    return (!out || (out->numel() == call.asked * call.heads * call.value_dim &&
+                     out->scalar_type() == call.q.scalar_type())) &&
+           (!lse || (lse->numel() == logits && lse->scalar_type() == ScalarType::Float));
+  };
+  STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3 && fits(outputs[0], outputs[1]) &&
+                      fits(grads[0], grads[1]) && fits(std::nullopt, outputs[2]),
+                  "outputs, grads: must be out, lse and rest, as the forward pass gives them");
+}
+
 // needs: of q, k, v, offsets and those of bias and q_offsets that are given.
 std::vector<Tensor> target_attention_backward(
     const Grads& grads, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
     const Optional& bias, double scale, const std::string& activation, const Optional& q_offsets,
     const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   const AttentionCall call(q, k, v, offsets, bias, scale, activation, q_offsets);
-  STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3, "outputs: must be out, lse and rest");
+  check_outputs(call, grads, outputs);
   Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs,
                     {needs[0], needs[1], needs[2], bias && needs[4]});
   gradient.run();
@@ -274,7 +282,7 @@ std::vector<Tensor> shared_attention_backward(const Grads& grads, const Tensor& 
                                               const std::vector<Tensor>& outputs,
                                               const std::vector<bool>& needs) {
   const AttentionCall call(q, x, x, offsets, bias, scale, activation, q_offsets);
-  STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3, "outputs: must be out, lse and rest");
+  check_outputs(call, grads, outputs);
   Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs,
                     {needs[0], needs[1], needs[1], bias && needs[3]});
   gradient.run();

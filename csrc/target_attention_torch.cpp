@@ -5,12 +5,6 @@ namespace {
 
 using Results = std::tuple<Tensor, Tensor, Tensor>;  // out, lse, and what lse lost to rounding
 
-// Where a column, (head, candidate), lies in arrays [asked, heads].
-int64_t place_of(const AttentionCall& call, int64_t user, int64_t column) {
-  const int64_t candidates = call.candidates(user);
-  return (call.first_row(user) + column % candidates) * call.heads + column / candidates;
-}
-
 std::vector<int64_t> shape_of(const Tensor& q, int64_t last) {
   std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
   shape.back() = last;
@@ -83,7 +77,7 @@ class Forward {
           for (int64_t d = 0; d < width; ++d) sum[d] *= factor;
       }
       totals(head)[c] = !softmax ? 1.0f : total == 0.0f ? 0.0f : 1.0f / total;
-      if (softmax) note_lse(place_of(call_, user, c), most, total);
+      if (softmax) note_lse(call_.place_of(user, c), most, total);
     }
     call_.narrow(sums(head), totals(head), 1.0f, user, call_.value_dim, width, out_);
   }

@@ -34,7 +34,7 @@ struct Task {
 class AttentionCall {
  public:
   Tensor q, k, v;
-  Optional bias, q_offsets_held;
+  Optional bias;
   TableType type;
   Activation activation;
   int64_t users, items, asked, heads, dim, value_dim, padded, value_padded, bias_heads, groups;
@@ -97,6 +97,11 @@ class AttentionCall {
     return {offsets_->data[user], offsets_->data[user + 1]};
   }
   int64_t columns_of(int64_t user) const { return candidates(user) * heads; }
+  // Where a column, (head, candidate), lies in arrays [asked, heads].
+  int64_t place_of(int64_t user, int64_t column) const {
+    const int64_t count = candidates(user);
+    return (first_row(user) + column % count) * heads + column / count;
+  }
 
   AttentionPiece piece_of(const Task& task, const float* q_wide, Buffer& scratch,
                           bool gradient) const {

@@ -71,6 +71,11 @@ LIVREC_INLINE typename Lanes<N>::V exponential(typename Lanes<N>::V x) {
   return raise<N>(y, n);
 }
 
+LIVREC_INLINE float exp_of(float x) { return exponential<kLanes>(Floats{} + x)[0]; }
+
+// What exponentials are taken less: where nothing counts, the greatest logit is -inf.
+LIVREC_INLINE float shift_of(float peak) { return peak == -kInfinity ? 0.0f : peak; }
+
 // A bit for each lane that is true.
 template <int N>
 LIVREC_INLINE uint32_t bits_of_lanes(typename Lanes<N>::I lanes) {

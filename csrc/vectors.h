@@ -32,6 +32,8 @@ typedef double Doubles __attribute__((vector_size(kLanes * 8)));  // as many lan
 typedef float LooseFloats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef double LooseDoubles __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
 
+LIVREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 LIVREC_INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 LIVREC_INLINE void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 

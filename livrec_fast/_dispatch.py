@@ -163,6 +163,13 @@ def refuse_native(tensor: Tensor) -> str | None:
     return None if tensor.device.type == "cpu" else "runs on CPU tensors only"
 
 
+def refuse_wide(first: Tensor, *rest: object) -> str | None:
+    """Say why a C++ CPU kernel in float32 cannot take an operator's arguments, or None."""
+    if first.dtype == torch.float64:
+        return "computes in float32, not in float64"
+    return refuse_native(first)
+
+
 def refuse_cuda(tensor: Tensor) -> str | None:
     """Say why a CUDA C++ kernel cannot take `tensor`, or None."""
     if tensor.device.type != "cuda":

@@ -8,18 +8,27 @@ import torch
 from livrec_fast import kmeans_step, residual_kmeans_details, residual_kmeans_encode
 from livrec_fast.reference import kmeans_step as step
 from livrec_fast.reference.residual_kmeans import agree, agree_on_details
-from livrec_fast.testing import check_forward, inputs_for, subjects
+from livrec_fast.testing import check_forward, check_gradients, inputs_for, subjects
+
+ATTENTION = (
+    "target_attention",
+    "code_attention",
+    "code_attention_gradient",
+    "history_search",
+    "history_search_codes",
+)
 
 
 def attend() -> None:
     """Attend, differentiate it, and search, in every corner of the contract."""
-    names = ("code_attention", "code_attention_gradient", "history_search", "history_search_codes")
-    for name in names:
+    for name in ATTENTION:
         subject = subjects()[name]
         for case in subject.oracle.cases:
             for dtype in subject.oracle.dtypes:
                 inputs = inputs_for(subject.oracle, case, dtype, device="cuda")
                 check_forward(subject, "triton", inputs)
+                if name == "target_attention":  # whose gradient has kernels of its own
+                    check_gradients(subject, "triton", inputs)
         print(f"{name}: right", flush=True)
 
 

@@ -59,6 +59,12 @@ def run_in_tritons_interpreter(edge):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws from torch's own generator is the same on every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def vectors():
     return np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)

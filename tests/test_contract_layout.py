@@ -155,4 +155,4 @@ def test_import_is_light(tmp_path):
         assert initialized == "False"
         assert not {"triton", "numba", "faiss", "matplotlib", "pyarrow"} & set(loaded)
         taken.append(float(seconds))
-    assert min(taken) < 0.05, f"importing livrec_fast adds {1000 * min(taken):.0f} ms to torch's"
+    assert min(taken) < 0.1, f"importing livrec_fast adds {1000 * min(taken):.0f} ms to torch's"

@@ -198,9 +198,11 @@ def test_threads_do_not_change_a_bit(levels):
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
         tables, states = _tables(rows, (4,) * 3, "rowwise_adagrad")
+        given = [tensor.clone() for tensor in tables + states]
         step = {"rule": "rowwise_adagrad", "lr": 0.1, "states": states}
         prefix_ngram_update(tables, grad, codes, levels, **step)
         found.append(tables + states)
+        assert not any(map(torch.equal, given, found[-1]))
     torch.set_num_threads(before)
     assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
 

@@ -84,7 +84,7 @@ def test_is_attention_to_products(activation, jagged):
 def _factored(args, flows):
     """Return outputs and gradients, by name, of the factored form with the formula as its kernel.
 
-    So do kernels, and so it is held to the rule before there are any.
+    So do kernels: the factored form is held to the rule apart from them.
     """
     form = ops._backend(ops._shared.backends[-1])
     outputs = form.run(*args)

@@ -96,6 +96,7 @@ def test_threads_change_no_bit(users, activation):
             found.append(results(subject, "native", inputs).named())
     finally:
         torch.set_num_threads(before)
+    assert all(tensor.any() for tensor in found[0].values() if tensor.numel())
     for other in found[1:]:
         for name, tensor in found[0].items():
             assert torch.equal(tensor, other[name]), name
@@ -118,6 +119,9 @@ def test_keys_that_are_the_values(kernel):
     inputs = draw("plain", 3, 200)
     x, y = inputs["k"].requires_grad_(), inputs["k"].detach().clone().requires_grad_()
     out, _ = target_attention(**inputs | {"v": x}, backend=kernel)
-    want, _ = target_attention(**inputs | {"v": y}, backend=kernel)
+    want, _ = target_attention(**inputs | {"v": y}, backend="reference")
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
     (got,) = torch.autograd.grad(out.square().sum(), x)
-    torch.testing.assert_close(got, sum(torch.autograd.grad(want.square().sum(), (x, y))))
+    wanted = sum(torch.autograd.grad(want.square().sum(), (x, y)))
+    assert wanted.any()
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_levels, check_one_dtype, check_tensor, named_items
-from .._dispatch import refuse_native, refuse_triton
+from .._dispatch import refuse_triton
 from ._prefix import check_arguments
 
 
@@ -19,13 +19,6 @@ class Fields(NamedTuple):
     keys: dict[str, Tensor]
     values: dict[str, Tensor]
     rows: tuple[list[int], list[int], str, bool]
-
-
-def refuse_wide(q: Tensor, *rest: object) -> str | None:
-    """Say why the C++ kernels cannot take these queries, or None."""
-    if q.dtype == torch.float64:
-        return "computes in float32; queries are float64"
-    return refuse_native(q)
 
 
 def refuse_tiles(

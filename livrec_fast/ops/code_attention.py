@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._checks import check_same
-from .._dispatch import Backend, Op
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import code_attention as reference
 from . import _attention
-from ._code_fields import check_fields, refuse_tiles, refuse_wide
+from ._code_fields import check_fields, refuse_tiles
 from ._prefix import check_contents
 from .code_attention_gradient import gradient
 

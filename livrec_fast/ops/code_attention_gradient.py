@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_same, check_tensor
-from .._dispatch import Backend, Op
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import code_attention_gradient as reference
 from ..reference._formula import wide_dtype
 from . import _attention
-from ._code_fields import check_fields, refuse_tiles, refuse_wide
+from ._code_fields import check_fields, refuse_tiles
 from ._prefix import check_contents
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_one_dtype, check_same, check_tensor
-from .._dispatch import Backend, Op
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import contrastive as reference
 from ..reference._formula import wide_dtype
-from ._code_fields import refuse_wide
 
 _WIDE = (torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")

@@ -17,7 +17,7 @@ from .._checks import (
     check_tensor,
     named_items,
 )
-from .._dispatch import Backend, Op, refuse_native
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import din_attention as reference
 
 _NEEDED = {"prelu": ("slopes",), "dice": ("slopes", "gains", "shifts")}
@@ -33,12 +33,6 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor | None, offsets: Tensor, *rest
         check_offsets(rest[-1], len(q), "q_offsets")
 
 
-def _refuse_native(q: Tensor, *rest: object) -> str | None:
-    if q.dtype == torch.float64:
-        return "computes in float32; q is float64"
-    return refuse_native(q)
-
-
 _op = Op(
     "din_attention",
     "(Tensor q, Tensor k, Tensor? v, Tensor offsets, Tensor[] weights, Tensor[] biases, "
@@ -47,7 +41,7 @@ _op = Op(
     fake=_fake,
     reference=reference.din_attention,
     check_values=_check_values,
-    backends=(Backend("native", _refuse_native, backward=None),),
+    backends=(Backend("native", refuse_wide, backward=None),),
     autocast=("q", "k", "v", "weights", "biases", "slopes", "gains", "shifts"),
 )
 

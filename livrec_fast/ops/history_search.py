@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_finite, check_offsets, check_same, check_tensor
-from .._dispatch import Backend, Op
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import history_search as reference
 from ..reference._formula import wide_dtype
 from . import _search_gradients, _search_mask
-from ._code_fields import check_rows, refuse_wide
+from ._code_fields import check_rows
 from ._prefix import check_contents
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_offsets, check_one_dtype, check_same, check_tensor
-from .._dispatch import Backend, Op, refuse_triton
+from .._dispatch import Backend, Op, refuse_triton, refuse_wide
 from ..reference import target_attention as reference
 from . import _attention
-from ._code_fields import refuse_wide
 
 
 def _fake(

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from .._autograd import plain_torch
 from .._checks import FLOATS, check_offsets, check_one_dtype, check_same, check_tensor
-from .._dispatch import Backend, Op
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import target_attention_features as reference
 from ..reference._formula import wide_dtype
 from . import _attention
-from ._code_fields import refuse_wide
 
 _BLOCK = 64
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._oracle import Oracle, randn, random_offsets
-from .target_attention import ACTIVATIONS, draw_bias, with_rest
+from . import target_attention
+from ._oracle import Oracle, randn
+from .target_attention import with_rest
 
 
 def shared_attention(
@@ -42,36 +43,13 @@ def by_head(x: Tensor, q: Tensor) -> Tensor:
 
 
 def make_shared_inputs(
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    *,
-    B: int,
-    C: int,
-    L: int,
-    H: int,
-    D: int,
-    bias: int,
-    activation: int = 0,
-    jagged: int = 0,
+    generator: torch.Generator, dtype: torch.dtype, *, D: int, **sizes: int
 ) -> dict[str, Any]:
-    """Draw histories of at most L rows; logits have a standard deviation of about 1.5.
-
-    activation: its place in ACTIVATIONS. jagged: 1, at most C candidates per user; 0, C each.
-    """
-    offsets = random_offsets(generator, B, L)
-    T = int(offsets[-1])
-    q_offsets = random_offsets(generator, B, C) if jagged else None
-    asking = (B, C) if q_offsets is None else (int(q_offsets[-1]),)
-    return {
-        "q": randn(generator, dtype, *asking, H, D),
-        "x": randn(generator, dtype, T, D),
-        "offsets": offsets,
-        "bias": draw_bias(generator, dtype, T, H, bias),
-        "scale": 1.5 * D**-0.5,
-        "activation": ACTIVATIONS[activation],
-        "q_offsets": q_offsets,
-        "return_lse": activation == 0,
-    }
+    """Draw as for target attention, with one x [T, D] for keys and values."""
+    drawn = target_attention.make_inputs(generator, dtype, d=D, dv=D, **sizes)
+    k = drawn.pop("k")
+    drawn.pop("v")
+    return {**drawn, "x": k[:, 0].clone()}
 
 
 def make_inputs(
