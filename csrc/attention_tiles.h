@@ -51,32 +51,49 @@ inline Panel panel_of(const Stretch& x, float* space) {
   return {space, x.padded};
 }
 
+// Cache lines to ask for at a time: after a block is transposed, and before a row is weighed.
+constexpr int64_t kLinesPerTurn = 12, kLinesPerRow = 4;
+
+// A group's share of the tile that comes next, asked of memory a few lines at a time between other
+// work: the processor holds few requests, and one too many stops all that comes after it.
+struct Ahead {
+  const char *next[2], *end[2];  // of keys, and of values
+
+  // Of x [items, groups, dim].
+  LIVREC_INLINE void share(int place, const void* x, TableType type, int64_t groups, int64_t group,
+                           int64_t dim, int64_t at, int64_t items) {
+    const int64_t size = groups * dim * (type == TableType::f32 ? 4 : 2);
+    const int64_t left = items - at - kTile, count = left < 0 ? 0 : least(left, kTile);
+    const char* first = static_cast<const char*>(x) + (at + kTile) * size;
+    next[place] = first + count * size * group / groups;
+    end[place] = first + count * size * (group + 1) / groups;
+  }
+
+  LIVREC_INLINE void ask(int64_t lines) {
+    for (int place = 0; place < 2; ++place)
+      for (; lines > 0 && next[place] < end[place]; --lines, next[place] += 64)
+        __builtin_prefetch(next[place], 0, 2);  // to the second cache: the first is full
+  }
+
+  LIVREC_INLINE void ask_rest() { ask(INT64_MAX); }
+};
+
 LIVREC_INLINE Halves load_halves(const uint16_t* from) {
   return *reinterpret_cast<const LooseHalves*>(from);
 }
 
 // Item after item to number after number: [padded, kTile]; `space` [count, padded].
-inline void turn(const Stretch& x, float* space, float* out) {
+inline void turn(const Stretch& x, float* space, float* out, Ahead& ahead) {
   if (x.type == TableType::f32 || x.dim != x.padded) {
     const Panel panel = panel_of(x, space);
     return transpose([&](int64_t i, int64_t d) { return load(panel.rows + i * panel.stride + d); },
-                     x.count, x.padded, out, kTile);
+                     x.count, x.padded, out, kTile, [&] { ahead.ask(kLinesPerTurn); });
   }
   if (x.type == TableType::f16)
     return transpose([&](int64_t i, int64_t d) { return widen_f16(load_halves(x.halves(i) + d)); },
-                     x.count, x.dim, out, kTile);
+                     x.count, x.dim, out, kTile, [&] { ahead.ask(kLinesPerTurn); });
   transpose([&](int64_t i, int64_t d) { return widen_bf16(load_halves(x.halves(i) + d)); }, x.count,
-            x.dim, out, kTile);
-}
-
-// Asks memory for a group's share of the tile that comes next, of x [items, groups, dim].
-LIVREC_INLINE void fetch_share(const void* x, TableType type, int64_t groups, int64_t group,
-                               int64_t dim, int64_t at, int64_t items) {
-  const int64_t size = groups * dim * (type == TableType::f32 ? 4 : 2);
-  const int64_t count = items - at - kTile < kTile ? items - at - kTile : kTile;
-  if (count <= 0) return;
-  const int64_t begin = count * size * group / groups, end = count * size * (group + 1) / groups;
-  fetch(static_cast<const char*>(x) + (at + kTile) * size + begin, end - begin);
+            x.dim, out, kTile, [&] { ahead.ask(kLinesPerTurn); });
 }
 
 // The bias of a tile, head by head: [bias_heads, kTile].

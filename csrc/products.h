@@ -22,7 +22,7 @@ struct Left {
 };
 
 // c [M, V vectors] (+)= a [M, depth] b [depth, V vectors], in M V kChains registers.
-template <int M, int V, int kChains = 1>
+template <int M, int V, int kChains = 1, bool kPast = false>
 LIVREC_INLINE void product_block(Left a, const float* b, int64_t b_row, int64_t depth, float* c,
                                  int64_t c_row, bool add) {
   Floats sums[kChains][M][V];
@@ -51,11 +51,14 @@ LIVREC_INLINE void product_block(Left a, const float* b, int64_t b_row, int64_t 
       Floats sum = sums[0][m][v];
       for (int s = 1; s < kChains; ++s) sum += sums[s][m][v];
       float* to = c + m * c_row + v * kLanes;
-      store(to, add ? load(to) + sum : sum);
+      if (kPast)
+        stream(to, sum);
+      else
+        store(to, add ? load(to) + sum : sum);
     }
 }
 
-template <int V, bool kShortChains>
+template <int V, bool kShortChains, bool kPast>
 inline void product_columns(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth,
                             float* c, int64_t c_row, bool add) {
   constexpr int kMost = V == 1 ? 8 : kWide == 4 ? 6 : 4;
@@ -63,26 +66,27 @@ inline void product_columns(Left a, int64_t rows, const float* b, int64_t b_row,
   constexpr int kTall = kShortChains ? kMost / 2 : kMost;
   int64_t m = 0;
   for (; m + kTall <= rows; m += kTall)
-    product_block<kTall, V, kShortChains ? kChains : 1>(a.from(m), b, b_row, depth, c + m * c_row,
-                                                        c_row, add);
+    product_block<kTall, V, kShortChains ? kChains : 1, kPast>(a.from(m), b, b_row, depth,
+                                                               c + m * c_row, c_row, add);
   for (; m + 2 <= rows; m += 2)
-    product_block<2, V, V == 1 || kShortChains ? kChains : 1>(a.from(m), b, b_row, depth,
-                                                              c + m * c_row, c_row, add);
+    product_block<2, V, V == 1 || kShortChains ? kChains : 1, kPast>(a.from(m), b, b_row, depth,
+                                                                     c + m * c_row, c_row, add);
   for (; m < rows; ++m)
-    product_block<1, V, kChains>(a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
+    product_block<1, V, kChains, kPast>(a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
 }
 
 // c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns is a multiple of kLanes. With
 // short chains a number is the sum of two or more, each over a part of the depth: they round less,
-// and b had better lie in the nearest cache.
-template <bool kShortChains = false>
+// and b had better lie in the nearest cache. Past caches, c is written for good, whatever it was:
+// its rows must be streamable, and end_stream() must follow.
+template <bool kShortChains = false, bool kPast = false>
 inline void multiply(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
                      int64_t c_row, int64_t columns, bool add) {
   int64_t n = 0;
   for (; n + kWide * kLanes <= columns; n += kWide * kLanes)
-    product_columns<kWide, kShortChains>(a, rows, b + n, b_row, depth, c + n, c_row, add);
+    product_columns<kWide, kShortChains, kPast>(a, rows, b + n, b_row, depth, c + n, c_row, add);
   for (; n < columns; n += kLanes)
-    product_columns<1, kShortChains>(a, rows, b + n, b_row, depth, c + n, c_row, add);
+    product_columns<1, kShortChains, kPast>(a, rows, b + n, b_row, depth, c + n, c_row, add);
 }
 
 // Lanes of two vectors, picked by place: those of the second come after those of the first.
@@ -160,9 +164,10 @@ LIVREC_INLINE void transpose_lanes(Floats* rows) {
 
 // out [dim, width] = the transpose of rows [count, dim], where load_at(i, d) gives kLanes numbers
 // of row i from d on; columns past count are zeros. Both width and dim are multiples of kLanes.
-template <typename LoadAt>
+// What else there is to do meanwhile, between() does after every block of kLanes by kLanes.
+template <typename LoadAt, typename Between>
 LIVREC_INLINE void transpose(const LoadAt& load_at, int64_t count, int64_t dim, float* out,
-                             int64_t width) {
+                             int64_t width, const Between& between) {
   for (int64_t i = 0; i < width; i += kLanes)
     for (int64_t d = 0; d < dim; d += kLanes) {
       Floats block[kLanes];
@@ -172,6 +177,7 @@ LIVREC_INLINE void transpose(const LoadAt& load_at, int64_t count, int64_t dim, 
         for (int j = 0; j < kLanes; ++j) block[j] = i + j < count ? load_at(i + j, d) : Floats{};
       transpose_lanes(block);
       for (int j = 0; j < kLanes; ++j) store(out + (d + j) * width + i, block[j]);
+      between();
     }
 }
 

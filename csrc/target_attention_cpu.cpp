@@ -92,15 +92,17 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
       const Panel values = panel_of(stretch_of(piece.v, piece.type, piece.groups, group, at, count,
                                                piece.value_dim, piece.value_padded),
                                     space.values);
-      fetch_share(piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
+      Ahead ahead{};
+      ahead.share(0, piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
       if (!piece.shared)
-        fetch_share(piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
-      turn(keys, space.keys, space.turned);
+        ahead.share(1, piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
+      turn(keys, space.keys, space.turned, ahead);
       for (int64_t r = 0; r < piece.rows; r += kRowTile) {
         const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
         logits_of(piece, first, rows, space.turned, space.bias, space.s);
         for (int64_t i = 0; i < rows; ++i) {
           float* s = space.s + i * kTile;
+          ahead.ask(kLinesPerRow);
           if (!softmax) {
             weigh_row(piece, space.bias + bias_row(piece, first + i), s, nullptr);
             continue;
@@ -112,6 +114,7 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
         multiply({space.s, kTile, 1}, rows, values.rows, values.stride, count,
                  out + first * piece.value_padded, piece.value_padded, piece.value_padded, true);
       }
+      ahead.ask_rest();
     }
   }
 }

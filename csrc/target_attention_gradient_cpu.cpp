@@ -27,17 +27,18 @@ struct Tile {
   const GradientSpace& space;
   int64_t at, count;
   Stretch keys;
+  Ahead ahead;
 
   void open(int64_t group) {
-    fetch_share(piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
+    ahead.share(0, piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
     if (!piece.shared)
-      fetch_share(piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
+      ahead.share(1, piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
     keys = stretch_of(piece.k, piece.type, piece.groups, group, at, count, piece.dim, piece.padded);
-    turn(keys, space.keys, space.turned_keys);
+    turn(keys, space.keys, space.turned_keys, ahead);
     if (piece.shared) return;
     turn(stretch_of(piece.v, piece.type, piece.groups, group, at, count, piece.value_dim,
                     piece.value_padded),
-         space.values, space.turned_values);
+         space.values, space.turned_values, ahead);
   }
 
   void products(const float* grad, int64_t first, int64_t rows) const {
@@ -54,7 +55,7 @@ LIVREC_INLINE void each_block(const AttentionPiece& piece, const GradientSpace& 
                               const float* grad, const Visit& visit, const Close& close,
                               const Finish& finish) {
   for (int64_t at = 0; at < piece.items; at += kTile) {
-    Tile tile{piece, space, at, least(kTile, piece.items - at), {}};
+    Tile tile{piece, space, at, least(kTile, piece.items - at), {}, {}};
     turn_bias(piece, at, tile.count, space.bias);
     for (int64_t group = 0; group < piece.groups; ++group) {
       tile.open(group);
@@ -63,6 +64,7 @@ LIVREC_INLINE void each_block(const AttentionPiece& piece, const GradientSpace& 
         tile.products(grad, first, rows);
         visit(tile, first, rows, r == 0);
       }
+      tile.ahead.ask_rest();
       close(tile, group);
     }
     finish(tile);
@@ -127,6 +129,39 @@ void narrow_rows(const float* x, TableType type, int64_t groups, int64_t group, 
   }
 }
 
+// The rows of a tile of dk or dv: in place where they are complete at once, else in scratch memory.
+struct Rows {
+  float* first;
+  int64_t stride, width;
+  bool in_place, past_caches;
+
+  // Rows in scratch memory, `padded` wide.
+  Rows(float* space, int64_t padded)
+      : first(space), stride(padded), width(padded), in_place(false), past_caches(false) {}
+
+  // From item `at` of a group of `to` [items, groups, width] on.
+  Rows(const AttentionPiece& piece, int64_t group, int64_t at, int64_t dim, bool streaming,
+       void* to)
+      : first(static_cast<float*>(to) + (at * piece.groups + group) * dim),
+        stride(piece.groups * dim),
+        width(dim),
+        in_place(true),
+        past_caches(streaming && streamable(first, dim * 4)) {}
+
+  // (+)= a [count, depth] b [depth, width]
+  void add(Left a, int64_t count, const float* b, int64_t depth, bool more) const {
+    if (past_caches)
+      multiply<false, true>(a, count, b, width, depth, first, stride, width, false);
+    else
+      multiply(a, count, b, width, depth, first, stride, width, more);
+  }
+};
+
+// Whether a row of dk or dv is one product, in the form in which it is wanted.
+bool at_once(const AttentionPiece& piece, int64_t dim, int64_t padded) {
+  return piece.type == TableType::f32 && dim == padded && piece.rows <= kRowTile && !piece.shared;
+}
+
 }  // namespace
 
 void target_attention_slopes(const AttentionPiece& piece, const float* grad, const float* base,
@@ -136,8 +171,9 @@ void target_attention_slopes(const AttentionPiece& piece, const float* grad, con
     peaks[r] = -kInfinity, sums[r] = slopes[r] = 0.0f;
   each_block(
       piece, space, grad,
-      [&](const Tile& tile, int64_t first, int64_t rows, bool) {
+      [&](Tile& tile, int64_t first, int64_t rows, bool) {
         for (int64_t i = 0; i < rows; ++i) {
+          tile.ahead.ask(kLinesPerRow);
           end_row(space.s + i * kTile, tile.count);
           add_slopes(space.s + i * kTile, space.d + i * kTile, base[first + i], peaks + first + i,
                      sums + first + i, slopes + first + i);
@@ -157,12 +193,13 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
   }
   const bool shared = piece.shared;
   Panel keys{};
-  float* const dv = shared ? space.dk : space.dv;
+  Rows dk(space.dk, piece.padded), dv(shared ? space.dk : space.dv, piece.value_padded);
   each_block(
       piece, space, slopes.grad,
-      [&](const Tile& tile, int64_t first, int64_t rows, bool fresh) {
+      [&](Tile& tile, int64_t first, int64_t rows, bool fresh) {
         for (int64_t i = 0; i < rows; ++i) {
           float *s = space.s + i * kTile, *d = space.d + i * kTile;
+          tile.ahead.ask(kLinesPerRow);
           slope_row(piece, slopes, first + i, space.bias, s, d);
           if (slopes.sums != nullptr) slopes.sums[first + i] += sum_in(d, tile.count);
           if (slopes.dbias == nullptr) continue;
@@ -175,19 +212,24 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
                    slopes.keys + first * piece.padded, piece.padded, piece.padded, true);
         multiply({space.d, kTile, 1}, rows, keys.rows, keys.stride, tile.count,
                  slopes.dq + first * piece.padded, piece.padded, piece.padded, true);
-        if (slopes.dk != nullptr)
-          multiply({space.d, 1, kTile}, tile.count, piece.q + first * piece.padded, piece.padded,
-                   rows, space.dk, piece.padded, piece.padded, !fresh);
-        if (slopes.dv != nullptr)
-          multiply({space.s, 1, kTile}, tile.count, slopes.grad + first * piece.value_padded,
-                   piece.value_padded, rows, dv, piece.value_padded, piece.value_padded,
-                   !fresh || shared);
+        if (slopes.dk != nullptr) {
+          if (at_once(piece, piece.dim, piece.padded))
+            dk = {piece, first / piece.rows, tile.at, piece.dim, slopes.past_caches, slopes.dk};
+          dk.add({space.d, 1, kTile}, tile.count, piece.q + first * piece.padded, rows, !fresh);
+        }
+        if (slopes.dv != nullptr) {
+          if (at_once(piece, piece.value_dim, piece.value_padded))
+            dv = {piece,           first / piece.rows, tile.at,
+                  piece.value_dim, slopes.past_caches, slopes.dv};
+          dv.add({space.s, 1, kTile}, tile.count, slopes.grad + first * piece.value_padded, rows,
+                 !fresh || shared);
+        }
       },
       [&](const Tile& tile, int64_t group) {
-        if (slopes.dk != nullptr)
+        if (slopes.dk != nullptr && !dk.in_place)
           narrow_rows(space.dk, piece.type, piece.groups, group, tile.at, tile.count, piece.dim,
                       piece.padded, slopes.past_caches, slopes.dk);
-        if (slopes.dv != nullptr && !shared)
+        if (slopes.dv != nullptr && !dv.in_place && !shared)
           narrow_rows(space.dv, piece.type, piece.groups, group, tile.at, tile.count,
                       piece.value_dim, piece.value_padded, slopes.past_caches, slopes.dv);
       },

@@ -66,10 +66,15 @@ LIVREC_INLINE void stream(const char* from, int64_t bytes, char* to) {
   }
 }
 
+LIVREC_INLINE void stream(float* to, Floats value) {
+  stream(reinterpret_cast<const char*>(&value), sizeof(value), reinterpret_cast<char*>(to));
+}
+
 LIVREC_INLINE void end_stream() { __builtin_ia32_sfence(); }
 #else
 LIVREC_INLINE bool streamable(const void*, int64_t) { return false; }
 LIVREC_INLINE void stream(const char*, int64_t, char*) {}
+LIVREC_INLINE void stream(float*, Floats) {}
 LIVREC_INLINE void end_stream() {}
 #endif
 
