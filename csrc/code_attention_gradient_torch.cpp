@@ -130,10 +130,7 @@ class Gradient {
         for (int64_t user = call_.users * g / count; user < call_.users * (g + 1) / count; ++user)
           add(pass, space, user, groups_[static_cast<size_t>(g)], first_bad);
     };
-    if (call_.users < kFewUsers)  // threads share histories
-      add_groups(0, count);
-    else
-      torch::stable::parallel_for(0, count, 1, add_groups);
+    each_user(call_, count, add_groups);
     check_codes(first_bad);
     std::vector<Tensor> found{grad_q_, grad_bias_};
     for (size_t f = 0; f < fields; ++f) collect(f, found);

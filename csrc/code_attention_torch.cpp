@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> code_attention(const Tensor& q, const Tensor& codes,
   float* lse_data = lse.mutable_data_ptr<float>();
   const int64_t out_size = columns * call.value_dim * static_cast<int64_t>(out.element_size());
   FirstBad first_bad;
-  each_user(call.users, [&](int64_t begin, int64_t end) {
+  each_user(call, call.users, [&](int64_t begin, int64_t end) {
     CodePass pass(call, 1);
     Buffer found, factor;
     for (int64_t user = begin; user < end; ++user) {

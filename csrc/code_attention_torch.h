@@ -11,9 +11,10 @@
 
 namespace livrec {
 
-constexpr int64_t kFewUsers = 8;         // below it, long histories are read by several threads
-constexpr float kHeadroom = 64.0f;       // powers of two
-constexpr int64_t kHistoryChunk = 2048;  // items at a time, then: whatever the number of threads
+constexpr int64_t kFewUsers = 8;          // below it, long histories are read by several threads
+constexpr int64_t kLittleWork = 1 << 16;  // items times columns that one thread had better do alone
+constexpr float kHeadroom = 64.0f;        // powers of two
+constexpr int64_t kHistoryChunk = 2048;   // items at a time, then: whatever the number of threads
 
 // The arguments of a call, checked, and as the kernels read them.
 struct CodeCall {
@@ -230,11 +231,13 @@ class CodePass {
   Buffer q_, keys_, values_, tables_, sums_, totals_, peaks_, field_peaks_, lanes_, factors_;
 };
 
-// Runs visit(begin, end, ...) over users: several at once where they are many.
+// Runs visit(begin, end) over users, or `count` groups of them: several at once where they are
+// many and have work for more than the time that it takes to wake a thread.
 template <typename Visit>
-void each_user(int64_t users, const Visit& visit) {
-  if (users < kFewUsers) return visit(0, users);
-  torch::stable::parallel_for(0, users, 1, visit);
+void each_user(const CodeCall& call, int64_t count, const Visit& visit) {
+  const bool little = call.codes.items * call.heads * call.candidates < kLittleWork;
+  if (call.users < kFewUsers || little) return visit(0, count);
+  torch::stable::parallel_for(0, count, 1, visit);
 }
 
 }  // namespace livrec
