@@ -58,6 +58,11 @@ void read_codes(const Codes& codes, int64_t level, int64_t begin, int64_t count,
 void hash_keys(const PrefixLevel& level, const int64_t* keys, int64_t count, int64_t* rows) {
   const uint64_t mask = level.rows - 1;
   const bool power = (level.rows & mask) == 0;
+  if (level.hash == KeyHash::none || (level.hash == KeyHash::modulo && power)) {
+    const int64_t kept = level.hash == KeyHash::none ? -1 : static_cast<int64_t>(mask);
+    for (int64_t i = 0; i < count; ++i) rows[i] = keys[i] < 0 ? -1 : keys[i] & kept;
+    return;
+  }
   const auto scale =
       level.hash == KeyHash::order_preserving
           ? static_cast<uint64_t>((static_cast<unsigned __int128>(level.rows) << 64) / level.keys)
@@ -67,7 +72,7 @@ void hash_keys(const PrefixLevel& level, const int64_t* keys, int64_t count, int
     uint64_t row = key;
     if (level.hash == KeyHash::order_preserving)
       row = static_cast<uint64_t>((static_cast<unsigned __int128>(key) * scale) >> 64);
-    else if (level.hash != KeyHash::none) {
+    else {
       const uint64_t hashed = level.hash == KeyHash::murmur3 ? murmur3(key) : key;
       row = power ? hashed & mask : hashed % level.rows;
     }
@@ -84,12 +89,15 @@ int64_t prefix_ngram_rows(const Codes& codes, int64_t begin, int64_t end, int64_
   for (int64_t l = 0; l < codes.level_count; ++l) {
     const PrefixLevel& level = codes.levels[l];
     read_codes(codes, l, begin, count, given);
+    int64_t outside = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t before = level.begins ? 0 : keys[i], code = given[i];
-      const bool inside = code >= -1 && code < level.size;
-      if (!inside && (first_bad < 0 || begin + i < first_bad)) first_bad = begin + i;
-      keys[i] = before < 0 || code < 0 || !inside ? -1 : before * level.size + code;
+      outside |= static_cast<int64_t>(code < -1) | static_cast<int64_t>(code >= level.size);
+      keys[i] = before < 0 || code < 0 || code >= level.size ? -1 : before * level.size + code;
     }
+    for (int64_t i = 0; outside && i < count; ++i)
+      if ((given[i] < -1 || given[i] >= level.size) && (first_bad < 0 || begin + i < first_bad))
+        first_bad = begin + i;
     hash_keys(level, keys, count, rows + l * kPrefixBlock);
   }
   return first_bad;

@@ -58,7 +58,7 @@ struct PrefixLookup {
 };
 
 // Items whose table rows are found, and asked for, before the first of them is read.
-constexpr int64_t kPrefixBlock = 64;
+constexpr int64_t kPrefixBlock = 32;
 
 // The table rows of items [begin, end), at most kPrefixBlock: rows[l * kPrefixBlock + i], -1 where
 // the code is unknown. Returns the first item with a code outside [-1, N_l), or -1.

@@ -6,6 +6,8 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
+constexpr int64_t kCached = 256 << 10;  // bytes of a table that stays in caches by itself
+
 int64_t bytes_of(TableType type) {
   return type == TableType::f32 ? 4 : type == TableType::i8 ? 1 : 2;
 }
@@ -62,20 +64,86 @@ void finish(const float* sums, float count, TableType type, int64_t width, void*
     for (int64_t d = 0; d < width; ++d) floats[d] = sums[d] / count;
 }
 
-// Side by side, nothing to add: rows are copied as they are.
-void copy_item(const PrefixLookup& job, const int64_t* rows, int64_t item, bool past_caches) {
-  const int64_t size = bytes_of(job.type);
-  char* out = static_cast<char*>(job.out) + item * job.width * size;
-  for (int64_t l = 0; l < job.codes.level_count; ++l) {
-    const PrefixLevel& level = job.codes.levels[l];
-    const int64_t row = rows[l * kPrefixBlock];
-    if (row < 0)
-      __builtin_memset(out + level.column * size, 0, static_cast<std::size_t>(level.dim * size));
-    else if (past_caches)
-      stream(row_of(level, job.type, row), level.dim * size, out + level.column * size);
+// The table rows of a block of items at one level, and of the block after it.
+struct Column {
+  const char* table;
+  int64_t stride, bytes;  // from row to row, and of a row
+  const int64_t *rows, *next;
+  int64_t count, next_count;
+};
+
+// Copies rows as they are to `out`, a row of the output apart, while memory is asked for those of
+// the next block. V: whole vectors in a row, or 0 where it has another size.
+template <int V, bool kPast>
+void copy_column(const Column& column, char* out, int64_t apart) {
+  constexpr int64_t kBytes = V * kLanes * 4;
+  const int64_t bytes = V > 0 ? kBytes : column.bytes;
+  for (int64_t i = 0; i < column.count; ++i, out += apart) {
+    if (i < column.next_count && column.next[i] >= 0)
+      fetch(column.table + column.next[i] * column.stride, bytes);
+    const char* row = column.table + column.rows[i] * column.stride;
+    if (column.rows[i] < 0)
+      __builtin_memset(out, 0, static_cast<std::size_t>(bytes));
+    else if (kPast)
+      stream(row, bytes, out);
     else
-      copy(row_of(level, job.type, row), level.dim * size, out + level.column * size);
+      copy(row, bytes, out);
   }
+}
+
+template <bool kPast>
+void copy_column(const Column& column, char* out, int64_t apart) {
+  constexpr int64_t kVector = kLanes * 4;
+  switch (column.bytes % kVector == 0 ? column.bytes / kVector : 0) {
+    case 1:
+      return copy_column<1, kPast>(column, out, apart);
+    case 2:
+      return copy_column<2, kPast>(column, out, apart);
+    case 4:
+      return copy_column<4, kPast>(column, out, apart);
+    default:
+      return copy_column<0, kPast>(column, out, apart);
+  }
+}
+
+// Side by side, nothing to add: block after block, level by level.
+int64_t copy_items(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* space) {
+  const int64_t size = bytes_of(job.type), apart = job.width * size;
+  const int64_t block = job.codes.level_count * kPrefixBlock;
+  const bool past_caches = streams(job);
+  int64_t first_bad = -1, found = begin;
+  const auto find = [&]() {
+    const int64_t to = least(found + kPrefixBlock, end), count = to - found;
+    int64_t* rows = space + (found - begin) / kPrefixBlock % 2 * block;
+    const int64_t bad = count > 0 ? prefix_ngram_rows(job.codes, found, to, rows) : -1;
+    if (bad >= 0 && first_bad < 0) first_bad = bad;
+    found = to;
+    return count;
+  };
+  int64_t count = find();
+  for (int64_t at = begin, turn = 0; at < end; at += kPrefixBlock, turn ^= 1) {
+    const int64_t next_count = find();
+    for (int64_t l = 0; l < job.codes.level_count; ++l) {
+      const PrefixLevel& level = job.codes.levels[l];
+      const bool small = static_cast<int64_t>(level.rows) * level.dim * size <= kCached;
+      const int64_t* rows = space + l * kPrefixBlock;
+      const Column column{static_cast<const char*>(level.table),
+                          level.table_stride * size,
+                          level.dim * size,
+                          rows + turn * block,
+                          rows + (1 - turn) * block,
+                          count,
+                          small ? 0 : next_count};
+      char* out = static_cast<char*>(job.out) + at * apart + level.column * size;
+      if (past_caches)
+        copy_column<true>(column, out, apart);
+      else
+        copy_column<false>(column, out, apart);
+    }
+    count = next_count;
+  }
+  if (past_caches) end_stream();
+  return first_bad;
 }
 
 void add_item(const PrefixLookup& job, const int64_t* rows, float* sums) {
@@ -138,19 +206,13 @@ class Rows {
 
 int64_t look_up_items(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* space,
                       float* sums) {
-  const bool plain = !job.sum && job.type != TableType::i8;
+  if (!job.sum && job.type != TableType::i8) return copy_items(job, begin, end, space);
   Rows rows(job, begin, end, space);
-  const bool past_caches = plain && streams(job);
   for (int64_t item = begin; item < end; ++item) {
-    if (plain) {
-      copy_item(job, rows.of(item), item, past_caches);
-      continue;
-    }
     for (int64_t d = 0; d < job.width; ++d) sums[d] = 0.0f;
     add_item(job, rows.of(item), sums);
     finish(sums, 1.0f, job.type, job.width, job.out, item);
   }
-  if (past_caches) end_stream();
   return rows.first_bad();
 }
 

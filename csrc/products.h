@@ -165,9 +165,12 @@ LIVREC_INLINE void transpose_lanes(Floats* rows) {
 // out [dim, width] = the transpose of rows [count, dim], where load_at(i, d) gives kLanes numbers
 // of row i from d on; columns past count are zeros. Both width and dim are multiples of kLanes.
 // What else there is to do meanwhile, between() does after every block of kLanes by kLanes.
-template <typename LoadAt, typename Between>
+struct Nothing {
+  LIVREC_INLINE void operator()() const {}
+};
+template <typename LoadAt, typename Between = Nothing>
 LIVREC_INLINE void transpose(const LoadAt& load_at, int64_t count, int64_t dim, float* out,
-                             int64_t width, const Between& between) {
+                             int64_t width, const Between& between = {}) {
   for (int64_t i = 0; i < width; i += kLanes)
     for (int64_t d = 0; d < dim; d += kLanes) {
       Floats block[kLanes];
