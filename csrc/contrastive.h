@@ -3,7 +3,8 @@
 //   s_ij = <q_i, k_j> / T - log Q_j,   loss_i = logsumexp_j s_ij - s_ii
 //
 // over the columns j that no mask takes from row i: keys of the batch, then extra keys. Columns of
-// the batch have a loss of their own where it is symmetric, over the same pairs without log Q.
+// the batch have a loss of their own where it is symmetric, over the same pairs without log Q. With
+// groups the loss is less the mean of s_ip over the positives p, the n_i columns of i's group.
 //
 // The forward pass computes the logits once and keeps, of each row and column, the greatest logit
 // and the sum of exp(s - greatest) of its negatives R; the positive is added at the end, as
@@ -14,7 +15,10 @@
 //   dq_i = sum_j W_ij k_j / T,   dk_j = sum_i W_ij q_i / T,   dT = -sum_i <q_i, dq_i> / T
 //
 // where m = 1 - exp(s_ii - lse) is what the positive misses: four matrix products in all, one way
-// or both.
+// or both. With groups, W_ip loses g_i / n_i (and h_p / n'_p), and m = 1 / n - exp(s_ii - lse).
+//
+// Where the positive is no sample, the loss of a row is w (log R' - s_ii), its logits less log Q
+// but for s_ii and R' = R (1 - Q_i); then exp(s_ij - log R) has the factor g_i w, and m = w.
 //
 // Rows and columns are cut into as many chunks. In phase p the task t computes the rows of chunk t
 // with the columns of chunk t + p (mod chunks): in a phase no two tasks share a row or a column, so
@@ -48,9 +52,12 @@ struct Contrastive {
   const bool* valid;            // of the batch, or null
   const int32_t *row_query_ids, *query_ids;  // of rows, and of columns (padded); null: no such mask
   const int32_t *row_key_ids, *key_ids;
-  const uint64_t* pairs;    // [rows, words]: bits of false negatives; null: none, or
-  int64_t words;            // ceil(rows / 64)
-  ContrastiveSide similar;  // found again in every tile, from these units; null: not
+  const int32_t *row_groups, *groups;  // of positives; -1 for columns that are not valid
+  const uint64_t* pairs;               // [rows, words]: bits of false negatives; null: none, or
+  int64_t words;                       // ceil(similar.count / 64)
+  ContrastiveSide similar;  // what pairs are compared by: of rows, then of some or all extra keys
+  int64_t similar_dim, similar_stride;
+  bool finds_similar;  // again in every tile
   float threshold;
 };
 
@@ -60,12 +67,12 @@ struct ContrastivePart {
 };
 
 LIVREC_DECLARE(int64_t, contrastive_stride, (int64_t dim))
-LIVREC_DECLARE(int64_t, contrastive_space, (int64_t dim))  // floats of scratch memory
+LIVREC_DECLARE(int64_t, contrastive_space, (int64_t dim, int64_t similar_dim))  // floats of scratch
 
-// Rows of x [count, dim], of unit length where `normalize`, rounded to `type` and as float32;
+// Rows of x [count, dim], of unit length where `normalize`, rounded to `rounded` and as float32;
 // zeros where not valid. norms [count], or null: what they were divided by, 0 for less than 1e-12.
 LIVREC_DECLARE(void, contrastive_units,
-               (const void* x, TableType type, bool normalize, bool rounds, const bool* valid,
+               (const void* x, TableType type, bool normalize, TableType rounded, const bool* valid,
                 int64_t count, int64_t dim, int64_t stride, float* units, float* norms))
 
 // products [count]: <a_i, b_i>.
@@ -73,20 +80,28 @@ LIVREC_DECLARE(void, contrastive_products,
                (const float* a, const float* b, int64_t count, int64_t dim, int64_t stride,
                 double* products))
 
-// Bits of pairs of units with a product above the threshold, [count, words]: those of a block of
-// rows with a later block, or with itself, both ways.
+// Bits of pairs with a product above the threshold, [rows, words]: those of a block of rows with a
+// later block, or with itself, both ways.
 LIVREC_DECLARE(void, contrastive_pairs,
-               (const ContrastiveSide& units, int64_t dim, int64_t stride, float threshold,
-                int64_t above, int64_t block, int64_t words, uint64_t* pairs, float* scratch))
+               (const Contrastive& call, int64_t above, int64_t block, uint64_t* pairs,
+                float* scratch))
 
-// peaks, sums: of rows and of columns, brought up to date by the part.
+// Of rows, or of columns (padded), brought up to date by a part: the greatest logit, the sum of
+// exponentials, how many negatives there are (or null: not asked), and with groups the sum of the
+// products of positives. The own key, or row, is left out.
+struct ContrastiveSums {
+  float *peaks, *sums;
+  int32_t* negatives;
+  double* positives;
+};
 LIVREC_DECLARE(void, contrastive_forward,
                (const Contrastive& call, const ContrastivePart& part, float* scratch,
-                float* row_peaks, float* row_sums, float* column_peaks, float* column_sums))
+                const ContrastiveSums& rows, const ContrastiveSums& columns))
 
 struct ContrastiveSlopes {
   const float *row_shifts, *row_factors;        // lse_i and g_i
   const float *column_shifts, *column_factors;  // [columns, padded]: lse'_j and h_j
+  const float *row_means, *column_means;        // with groups: g_i / n_i and h_j / n'_j
   float *dq, *dk;                               // added up; or null
   float* row_weights;                           // [columns, padded]: sum_i of the rows' own part
 };

@@ -37,6 +37,46 @@ LIVREC_INLINE void add_columns(const Contrastive& call, const float* bias, int64
   store(peaks, most);
 }
 
+// Adds up how many negatives a row has in a tile, and the products of its positives.
+void tally_row(const Contrastive& call, int64_t row, int64_t column, int64_t width, const float* s,
+               const ContrastiveSums& rows) {
+  const Ints group = Ints{} + (call.groups != nullptr ? call.row_groups[row] : 0);
+  Ints count{};
+  Floats positives{};
+  for (int64_t v = 0; v < width; v += kLanes) {
+    const Floats products = load(s + v);
+    Ints counts = (products != -kInfinity) & (load(call.row_bias + column + v) != -kInfinity);
+    if (call.groups != nullptr) {
+      const Ints own = (load_ids(call.groups + column + v) == group) & counts;
+      positives += own ? products : Floats{};
+      counts &= ~own;
+    }
+    count -= counts;
+  }
+  for (int j = 0; j < kLanes; ++j) rows.negatives[row] += count[j];
+  if (rows.positives != nullptr) rows.positives[row] += sum_of(positives);
+}
+
+// Likewise kLanes columns of a tile of some rows; there are groups.
+void tally_columns(const Contrastive& call, int64_t row, int64_t rows, int64_t column,
+                   const float* s, const ContrastiveSums& columns) {
+  const Ints alive = load(call.column_bias + column) != -kInfinity,
+             groups = load_ids(call.groups + column);
+  Ints count{};
+  Floats positives{};
+  for (int64_t i = 0; i < rows; ++i) {
+    const Floats products = load(s + i * kTileStride);
+    const Ints counts = (products != -kInfinity) & alive,
+               own = (groups == call.row_groups[row + i]) & counts;
+    positives += own ? products : Floats{};
+    count -= counts & ~own;
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    columns.negatives[column + j] += count[j];
+    columns.positives[column + j] += positives[j];
+  }
+}
+
 double product_of(const float* a, const float* b, int64_t dim) {
   Doubles sum{};
   for (int64_t d = 0; d < dim; d += kLanes)
@@ -64,11 +104,12 @@ int64_t contrastive_stride(int64_t dim) {
   return 16 * (lines % 2 == 0 ? lines + 1 : lines);
 }
 
-int64_t contrastive_space(int64_t dim) {
-  return 2 * (kTileRows * kTileStride + kTileColumns * ((dim + 15) / 16 * 16));
+int64_t contrastive_space(int64_t dim, int64_t similar_dim) {
+  return 2 * kTileRows * kTileStride +
+         kTileColumns * ((dim + 15) / 16 * 16 + (similar_dim + 15) / 16 * 16);
 }
 
-void contrastive_units(const void* x, TableType type, bool normalize, bool rounds,
+void contrastive_units(const void* x, TableType type, bool normalize, TableType rounded,
                        const bool* valid, int64_t count, int64_t dim, int64_t stride, float* units,
                        float* norms) {
   for (int64_t i = 0; i < count; ++i) {
@@ -80,12 +121,13 @@ void contrastive_units(const void* x, TableType type, bool normalize, bool round
       for (int64_t d = 0; d < dim; ++d) unit[d] = static_cast<const float*>(x)[i * dim + d];
     else
       widen_row(static_cast<const uint16_t*>(x) + i * dim, type == TableType::f16, dim, unit);
-    if (!normalize) continue;
-    const auto norm = static_cast<float>(__builtin_sqrt(product_of(unit, unit, dim)));
-    const Floats divisor = Floats{} + (norm < 1e-12f ? 1e-12f : norm);
-    if (norms != nullptr) norms[i] = norm < 1e-12f ? 0.0f : norm;
-    for (int64_t d = 0; d < dim; d += kLanes) store(unit + d, load(unit + d) / divisor);
-    if (rounds && type != TableType::f32) round_row(unit, type, dim);
+    if (normalize) {
+      const auto norm = static_cast<float>(__builtin_sqrt(product_of(unit, unit, dim)));
+      const Floats divisor = Floats{} + (norm < 1e-12f ? 1e-12f : norm);
+      if (norms != nullptr) norms[i] = norm < 1e-12f ? 0.0f : norm;
+      for (int64_t d = 0; d < dim; d += kLanes) store(unit + d, load(unit + d) / divisor);
+    }
+    if (rounded != TableType::f32) round_row(unit, rounded, dim);
   }
 }
 
@@ -94,23 +136,23 @@ void contrastive_products(const float* a, const float* b, int64_t count, int64_t
   for (int64_t i = 0; i < count; ++i) products[i] = product_of(a + i * stride, b + i * stride, dim);
 }
 
-void contrastive_pairs(const ContrastiveSide& units, int64_t dim, int64_t stride, float threshold,
-                       int64_t above, int64_t block, int64_t words, uint64_t* pairs,
+void contrastive_pairs(const Contrastive& call, int64_t above, int64_t block, uint64_t* pairs,
                        float* scratch) {
-  const TileSpace space(scratch, dim);
+  const int64_t dim = call.similar_dim, stride = call.similar_stride, batch = call.queries.count;
+  const TileSpace space(scratch, call.dim);
   const int64_t first = above * kPairsBlock, column = block * kPairsBlock,
-                rows = least(kPairsBlock, units.count - first),
-                columns = least(kPairsBlock, units.count - column);
+                rows = least(kPairsBlock, batch - first),
+                columns = least(kPairsBlock, call.similar.count - column);
   uint64_t found[kPairsBlock][kBlockWords] = {}, turned[kPairsBlock][kBlockWords] = {};
   for (int64_t at = 0; at < columns; at += kPanel) {
-    turn_panel(units, dim, stride, column + at, space.panels);
+    turn_panel(call.similar, dim, stride, column + at, space.similar_panels);
     const uint64_t held = ~uint64_t{0} >> (kPanel - least(kPanel, columns - at));
     for (int64_t r = 0; r < rows; r += kPanel) {
       const int64_t count = least(kPanel, rows - r);
-      tile_products(units.units + (first + r) * stride, count, stride, space.panels, kPanel, dim,
-                    space.s);
+      tile_products(call.similar.units + (first + r) * stride, count, stride, space.similar_panels,
+                    kPanel, dim, space.s);
       for (int64_t i = 0; i < count; ++i) {
-        uint64_t bits = bits_above(space.s + i * kTileStride, threshold) & held;
+        uint64_t bits = bits_above(space.s + i * kTileStride, call.threshold) & held;
         found[r + i][at / kPanel] = bits;
         for (; bits != 0; bits &= bits - 1)
           turned[at + __builtin_ctzll(bits)][r / kPanel] |= uint64_t{1} << i;
@@ -120,25 +162,29 @@ void contrastive_pairs(const ContrastiveSide& units, int64_t dim, int64_t stride
   const auto write = [=](const uint64_t (*bits)[kBlockWords], int64_t row, int64_t count,
                          int64_t word) {
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t w = 0; w < least(kBlockWords, words - word); ++w)
-        pairs[(row + i) * words + word + w] = bits[i][w];
+      for (int64_t w = 0; w < least(kBlockWords, call.words - word); ++w)
+        pairs[(row + i) * call.words + word + w] = bits[i][w];
   };
   write(found, first, rows, block * kBlockWords);
-  if (above != block) write(turned, column, columns, above * kBlockWords);
+  if (above != block) write(turned, column, least(columns, batch - column), above * kBlockWords);
 }
 
 void contrastive_forward(const Contrastive& call, const ContrastivePart& part, float* scratch,
-                         float* row_peaks, float* row_sums, float* column_peaks,
-                         float* column_sums) {
+                         const ContrastiveSums& rows, const ContrastiveSums& columns) {
   const TileSpace space(scratch, call.dim);
-  each_tile(call, part, space, [&](int64_t column, int64_t width, int64_t row, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i)
-      add_row(call, call.row_bias + column, width, space.s + i * kTileStride, row_peaks + row + i,
-              row_sums + row + i);
+  each_tile(call, part, space, [&](int64_t column, int64_t width, int64_t row, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float* s = space.s + i * kTileStride;
+      add_row(call, call.row_bias + column, width, s, rows.peaks + row + i, rows.sums + row + i);
+      if (rows.negatives != nullptr) tally_row(call, row + i, column, width, s, rows);
+    }
     if (call.column_bias == nullptr) return;
-    for (int64_t v = 0; v < width; v += kLanes)
-      add_columns(call, call.column_bias + column + v, rows, space.s + v, column_peaks + column + v,
-                  column_sums + column + v);
+    for (int64_t v = 0; v < width; v += kLanes) {
+      add_columns(call, call.column_bias + column + v, count, space.s + v,
+                  columns.peaks + column + v, columns.sums + column + v);
+      if (columns.negatives != nullptr)
+        tally_columns(call, row, count, column + v, space.s + v, columns);
+    }
   });
 }
 

@@ -5,14 +5,20 @@ namespace LIVREC_ISA {
 namespace {
 
 // A row of products to the weights W of its pairs; both: of rows and columns.
-template <bool kBoth>
-LIVREC_INLINE void weigh_row(const Contrastive& call, const ContrastiveSlopes& slopes, int64_t row,
-                             int64_t column, int64_t width, float* s) {
+template <bool kBoth, bool kGroups>
+void weigh_row(const Contrastive& call, const ContrastiveSlopes& slopes, int64_t row,
+               int64_t column, int64_t width, float* s) {
   const Floats shift = Floats{} + slopes.row_shifts[row];
   const float factor = slopes.row_factors[row];
+  const Ints group = Ints{} + (kGroups ? call.row_groups[row] : 0);
   for (int64_t v = 0; v < width; v += kLanes) {
     const Floats products = load(s + v), bias = load(call.row_bias + column + v);
     Floats weight = exponential<kLanes>(logits_of(call, products, bias, shift)) * factor;
+    Ints own{};
+    if (kGroups) {
+      own = (load_ids(call.groups + column + v) == group) & (products != -kInfinity);
+      weight -= own ? Floats{} + slopes.row_means[row] : Floats{};
+    }
     if (slopes.row_weights != nullptr) {
       float* sum = slopes.row_weights + column + v;
       store(sum, load(sum) + weight);
@@ -21,6 +27,7 @@ LIVREC_INLINE void weigh_row(const Contrastive& call, const ContrastiveSlopes& s
       weight += exponential<kLanes>(logits_of(call, products, load(call.column_bias + column + v),
                                               load(slopes.column_shifts + column + v))) *
                 load(slopes.column_factors + column + v);
+    if (kBoth && kGroups) weight -= own ? load(slopes.column_means + column + v) : Floats{};
     store(s + v, weight);
   }
 }
@@ -39,11 +46,13 @@ void contrastive_backward(const Contrastive& call, const ContrastivePart& part, 
   const TileSpace space(scratch, call.dim);
   const int64_t padded = padded_to_lanes(call.dim), stride = call.stride;
   each_tile(call, part, space, [&](int64_t column, int64_t width, int64_t row, int64_t rows) {
+    const bool both = call.column_bias != nullptr, groups = call.groups != nullptr;
+    const auto weigh = both && groups ? weigh_row<true, true>
+                       : both         ? weigh_row<true, false>
+                       : groups       ? weigh_row<false, true>
+                                      : weigh_row<false, false>;
     for (int64_t i = 0; i < rows; ++i)
-      if (call.column_bias != nullptr)
-        weigh_row<true>(call, slopes, row + i, column, width, space.s + i * kTileStride);
-      else
-        weigh_row<false>(call, slopes, row + i, column, width, space.s + i * kTileStride);
+      weigh(call, slopes, row + i, column, width, space.s + i * kTileStride);
     const int64_t columns = least(width, call.keys.count - column);
     if (slopes.dq != nullptr)
       multiply({space.s, kTileStride, 1}, rows, call.keys.units + column * stride, stride, columns,

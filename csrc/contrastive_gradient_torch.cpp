@@ -28,6 +28,7 @@ class Gradient {
     ContrastiveSlopes slopes{};
     slopes.row_shifts = rows_.shifts.data(), slopes.row_factors = rows_.factors.data();
     slopes.column_shifts = columns_.shifts.data(), slopes.column_factors = columns_.factors.data();
+    slopes.row_means = rows_.means.data(), slopes.column_means = columns_.means.data();
     slopes.dq = dq_.data(), slopes.dk = dk_.data();
     slopes.row_weights = wanted_.log_q ? of_log_q_.data() : nullptr;
     called_.each_part([&](const ContrastivePart& part, float* scratch) {
@@ -67,7 +68,7 @@ class Gradient {
     const Tensor out = empty_cpu(called_.log_q->sizes(), called_.log_q->scalar_type());
     for (int64_t j = 0; j < out.numel(); ++j) {
       const auto at = static_cast<size_t>(j);
-      const double found = (j < called_.batch ? rows_.missed[at] : 0.0) - of_log_q_[at];
+      const double found = (j < called_.batch ? own_log_q(j) : 0.0) - of_log_q_[at];
       if (out.scalar_type() == ScalarType::Double)
         out.mutable_data_ptr<double>()[j] = found;
       else
@@ -79,31 +80,53 @@ class Gradient {
  private:
   // What weights need of rows or columns; `missed` is the factor of the positive's own weight.
   struct Side {
-    std::vector<float> shifts, factors;
+    std::vector<float> shifts, factors, means;
     std::vector<double> missed;
     Side(int64_t count, int64_t padded)
         : shifts(static_cast<size_t>(padded)),
           factors(static_cast<size_t>(padded)),
+          means(static_cast<size_t>(padded)),
           missed(static_cast<size_t>(count)) {}
     // exp(s - lse) = exp(s - shift) exp(shift - lse), where the shift is rounded.
-    void set(int64_t i, double grad, double lse, double positive) {
+    void shift(size_t at, double grad, double lse) {
+      shifts[at] = static_cast<float>(lse);
+      factors[at] = static_cast<float>(grad * std::exp(shifts[at] - lse));
+    }
+    void set(int64_t i, double grad, double lse, double positive, double positives) {
+      if (lse == INFINITY) return;  // of positives alone: no gradient
       const auto at = static_cast<size_t>(i);
-      const float shift = static_cast<float>(lse);
-      shifts[at] = shift;
-      factors[at] = static_cast<float>(grad * std::exp(shift - lse));
-      missed[at] = -grad * std::expm1(positive - lse);
+      shift(at, grad, lse);
+      means[at] = static_cast<float>(grad / positives);
+      missed[at] = positives == 1.0 ? -grad * std::expm1(positive - lse)
+                                    : grad * (1.0 / positives - std::exp(positive - lse));
+    }
+    void set_unsampled(int64_t i, double grad, double lse) {
+      const auto at = static_cast<size_t>(i);
+      shift(at, grad, lse);
+      missed[at] = grad;
     }
   };
+
+  // The part of a row's own log Q that its positive, or its other negatives, see.
+  double own_log_q(int64_t i) const {
+    const double missed = rows_.missed[static_cast<size_t>(i)];
+    if (!called_.unsampled || missed == 0.0) return missed;
+    return -missed / std::expm1(-called_.log_q_of(i));
+  }
 
   void ask(int64_t i) {
     if (!called_.counts(i)) return;
     const double* lse = lse_.const_data_ptr<double>();
     double grad = grad_ ? grad_->const_data_ptr<float>()[i] : 0.0;
     if (called_.symmetric) grad /= 2;
-    rows_.set(i, grad, lse[i], called_.positive(i, false));
+    if (called_.unsampled)
+      rows_.set_unsampled(i, grad * lse[called_.batch * (1 + called_.symmetric) + i], lse[i]);
+    else
+      rows_.set(i, grad, lse[i], called_.positive(i, false), called_.positives_of(i, false));
     double all = rows_.missed[static_cast<size_t>(i)];
     if (called_.symmetric) {
-      columns_.set(i, grad, lse[called_.batch + i], called_.positive(i, true));
+      columns_.set(i, grad, lse[called_.batch + i], called_.positive(i, true),
+                   called_.positives_of(i, true));
       all += columns_.missed[static_cast<size_t>(i)];
     }
     factors_[static_cast<size_t>(i)] = static_cast<float>(-all);
@@ -156,27 +179,36 @@ Tensor scalar_like(const Tensor& x, double value) {
   return out;
 }
 
+Tensor zeros_like(const Tensor& x) {
+  const Tensor out = empty_cpu(x.sizes(), x.scalar_type());
+  std::memset(out.mutable_data_ptr(), 0, static_cast<size_t>(x.numel() * x.element_size()));
+  return out;
+}
+
 // needs: of query, key, temperature and those of the optional tensors that are given.
 std::vector<Tensor> in_batch_contrastive_backward(
     const std::vector<Optional>& grads, const Tensor& query, const Tensor& key,
     const Tensor& temperature, bool normalize, bool symmetric, const Optional& query_ids,
-    const Optional& key_ids, std::optional<double> threshold, bool keep_pairs,
-    const Optional& log_q, const Optional& valid, const Optional& extra_keys,
+    const Optional& key_ids, const Optional& group_ids, std::optional<double> threshold,
+    const Optional& pair_vectors, bool keep_pairs, const Optional& log_q, std::string log_q_rule,
+    const Optional& valid, const Optional& extra_keys, std::string precision,
     const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   ContrastiveCall called({query, key, temperature, normalize, symmetric, query_ids, key_ids,
-                          threshold, log_q, valid, extra_keys});
-  const int64_t batch = called.batch, words = (batch + kPairsPerWord - 1) / kPairsPerWord;
-  STD_TORCH_CHECK(
-      outputs.size() == 3 && grads.size() == 3 && (!grads[0] || grads[0]->numel() == batch) &&
-          outputs[1].numel() == (symmetric ? 2 : 1) * batch &&
-          outputs[1].scalar_type() == ScalarType::Double &&
-          outputs[2].numel() == (threshold && keep_pairs ? batch * words : 0) &&
-          outputs[2].scalar_type() == ScalarType::Long,
-      "outputs, grads: must be losses, lse and pairs, as the forward pass gives them");
-  if (threshold && keep_pairs) called.use_pairs(torch::stable::contiguous(outputs[2]));
+                          group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,
+                          extra_keys, precision});
+  const int64_t batch = called.batch;
+  STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3 &&
+                      (!grads[0] || grads[0]->numel() == batch) &&
+                      outputs[1].numel() == called.kept_sums() * batch &&
+                      outputs[1].scalar_type() == ScalarType::Double &&
+                      outputs[2].numel() == batch * called.pair_words() &&
+                      outputs[2].scalar_type() == ScalarType::Long,
+                  "outputs, grads: must be losses, lse and pairs, as the forward pass gives them");
+  if (called.keeps_pairs) called.use_pairs(torch::stable::contiguous(outputs[2]));
   size_t at = 3;
   const auto next = [&](const Optional& x) { return x && needs[at++]; };
-  next(query_ids), next(key_ids);
+  next(query_ids), next(key_ids), next(group_ids);
+  const bool of_pairs = next(pair_vectors);
   const bool of_log_q = next(log_q);
   next(valid);
   Gradient gradient(called, grads[0], outputs[1],
@@ -190,6 +222,7 @@ std::vector<Tensor> in_batch_contrastive_backward(
   }
   if (needs[1]) found.push_back(gradient.key());
   if (needs[2]) found.push_back(scalar_like(temperature, of_temperature));
+  if (of_pairs) found.push_back(zeros_like(*pair_vectors));
   if (of_log_q) found.push_back(gradient.log_q());
   if (extra_keys && needs.back()) found.push_back(gradient.extra_keys());
   return found;

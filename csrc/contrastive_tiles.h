@@ -42,14 +42,17 @@ inline void tile_products(const float* rows, int64_t count, int64_t stride, cons
 // One bit for each product of a panel above the threshold.
 LIVREC_INLINE uint64_t bits_above(const float* s, float threshold) {
   uint64_t bits = 0;
-  for (int64_t v = 0; v < kPanel; v += kLanes) bits |= static_cast<uint64_t>(bits_of_lanes<kLanes>(load(s + v) > threshold)) << v;
+  for (int64_t v = 0; v < kPanel; v += kLanes)
+    bits |= static_cast<uint64_t>(bits_of_lanes<kLanes>(load(s + v) > threshold)) << v;
   return bits;
 }
 
 constexpr int64_t kTileWords = kTileColumns / kPanel;
 
-// Takes masked pairs out of a row of products: -inf, which no shift brings back. width: of the
-// tile, whole panels; words: bits of its false negatives, or null.
+// Takes masked pairs out of a row of products, and its own: -inf, which no shift brings back.
+// Positives of its group stay. width: of the tile, whole panels; words: bits of its false
+// negatives, or null.
+template <bool kGroups>
 inline void mask_row(const Contrastive& call, int64_t row, int64_t column, int64_t width,
                      const uint64_t* words, float* s) {
   const Floats gone = Floats{} - kInfinity;
@@ -57,17 +60,23 @@ inline void mask_row(const Contrastive& call, int64_t row, int64_t column, int64
     for (int64_t v = 0; v < width; v += kLanes) store(s + v, gone);
     return;
   }
+  const int32_t group = kGroups ? call.row_groups[row] : 0;
   const auto drop = [&](const int32_t* rows, const int32_t* columns) {
     const Ints own = Ints{} + rows[row];
-    for (int64_t v = 0; v < width; v += kLanes)
-      store(s + v, load_ids(columns + column + v) == own ? gone : load(s + v));
+    for (int64_t v = 0; v < width; v += kLanes) {
+      Ints same = load_ids(columns + column + v) == own;
+      if (kGroups) same &= load_ids(call.groups + column + v) != group;
+      store(s + v, same ? gone : load(s + v));
+    }
   };
   if (call.query_ids != nullptr) drop(call.row_query_ids, call.query_ids);
   if (call.key_ids != nullptr) drop(call.row_key_ids, call.key_ids);
   if (words != nullptr)
-    for (int64_t p = 0; p * kPanel < width && column + p * kPanel < call.queries.count; ++p)
-      for (uint64_t bits = words[p]; bits != 0; bits &= bits - 1)
-        s[p * kPanel + __builtin_ctzll(bits)] = -kInfinity;
+    for (int64_t p = 0; p * kPanel < width && column + p * kPanel < call.similar.count; ++p)
+      for (uint64_t bits = words[p]; bits != 0; bits &= bits - 1) {
+        const int64_t at = p * kPanel + __builtin_ctzll(bits);
+        if (!kGroups || call.groups[column + at] != group) s[at] = -kInfinity;
+      }
   if (row >= column && row < column + width) s[row - column] = -kInfinity;
 }
 
@@ -102,22 +111,23 @@ struct TileSpace {
         similar_panels(similar + kTileRows * kTileStride) {}
 };
 
-inline void turn_panels(const ContrastiveSide& side, const Contrastive& call, int64_t column,
+inline void turn_panels(const ContrastiveSide& side, int64_t dim, int64_t stride, int64_t column,
                         int64_t width, float* out) {
   for (int64_t p = 0; p < width; p += kPanel)
     if (column + p < side.count)
-      turn_panel(side, call.dim, call.stride, column + p, out + p * padded_to_lanes(call.dim));
+      turn_panel(side, dim, stride, column + p, out + p * padded_to_lanes(dim));
 }
 
 // A tile of masked products.
 inline void fill_tile(const Contrastive& call, const TileSpace& space, int64_t column,
                       int64_t width, int64_t row, int64_t rows) {
-  const int64_t stride = call.stride, similar = least(width, call.similar.count - column);
+  const int64_t stride = call.stride,
+                similar = call.finds_similar ? least(width, call.similar.count - column) : 0;
   tile_products(call.queries.units + row * stride, rows, stride, space.panels, width, call.dim,
                 space.s);
   if (similar > 0)
-    tile_products(call.similar.units + row * stride, rows, stride, space.similar_panels, similar,
-                  call.dim, space.similar);
+    tile_products(call.similar.units + row * call.similar_stride, rows, call.similar_stride,
+                  space.similar_panels, similar, call.similar_dim, space.similar);
   for (int64_t i = 0; i < rows; ++i) {
     uint64_t found[kTileWords];
     const uint64_t* words = nullptr;
@@ -127,7 +137,11 @@ inline void fill_tile(const Contrastive& call, const TileSpace& space, int64_t c
         found[p] = bits_above(space.similar + i * kTileStride + p * kPanel, call.threshold);
       words = found;
     }
-    mask_row(call, row + i, column, width, words, space.s + i * kTileStride);
+    float* s = space.s + i * kTileStride;
+    if (call.groups != nullptr)
+      mask_row<true>(call, row + i, column, width, words, s);
+    else
+      mask_row<false>(call, row + i, column, width, words, s);
   }
 }
 
@@ -139,8 +153,10 @@ LIVREC_INLINE void each_tile(const Contrastive& call, const ContrastivePart& par
   for (int64_t at = 0; at < part.columns; at += kTileColumns) {
     const int64_t column = part.column + at,
                   width = least(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
-    turn_panels(call.keys, call, column, width, space.panels);
-    turn_panels(call.similar, call, column, width, space.similar_panels);
+    turn_panels(call.keys, call.dim, call.stride, column, width, space.panels);
+    if (call.finds_similar)
+      turn_panels(call.similar, call.similar_dim, call.similar_stride, column, width,
+                  space.similar_panels);
     for (int64_t r = 0; r < part.rows; r += kTileRows) {
       const int64_t row = part.row + r, rows = least(kTileRows, part.rows - r);
       fill_tile(call, space, column, width, row, rows);

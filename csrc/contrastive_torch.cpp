@@ -3,50 +3,92 @@
 namespace livrec {
 namespace {
 
-// Of rows or of columns: the greatest logit of their negatives, and the sum of exponentials.
+// Of rows or of columns: the greatest logit of all but the own one, the sum of exponentials, and
+// where it is asked how many negatives there are and the sum of the products of positives.
 struct Sums {
   std::vector<float> peaks, sums;
-  explicit Sums(int64_t count)
-      : peaks(static_cast<size_t>(count), -INFINITY), sums(static_cast<size_t>(count)) {}
+  std::vector<int32_t> negatives;
+  std::vector<double> positives;
+  Sums(int64_t count, bool counts, bool groups)
+      : peaks(static_cast<size_t>(count), -INFINITY),
+        sums(static_cast<size_t>(count)),
+        negatives(static_cast<size_t>(counts ? count : 0)),
+        positives(static_cast<size_t>(groups ? count : 0)) {}
 
-  // The loss beside a positive; 0 where there are no negatives.
-  double loss(int64_t at, double positive) const {
-    const double sum = sums[static_cast<size_t>(at)];
-    if (sum == 0.0) return 0.0;
-    const double x = std::log(sum) + peaks[static_cast<size_t>(at)] - positive;
+  ContrastiveSums given() {
+    return {peaks.data(), sums.data(), negatives.empty() ? nullptr : negatives.data(),
+            positives.empty() ? nullptr : positives.data()};
+  }
+
+  // log of the sum; -inf where there is nothing.
+  double log_sum(int64_t i) const {
+    const auto at = static_cast<size_t>(i);
+    return sums[at] == 0.0f ? -INFINITY : std::log(static_cast<double>(sums[at])) + peaks[at];
+  }
+
+  // logsumexp less the own logit; 0 where there is nothing else.
+  double above(int64_t i, double own) const {
+    const double x = log_sum(i) - own;
+    if (x == -INFINITY) return 0.0;
     return x > 0.0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
   }
 };
 
+// The loss of a row or column, and its logsumexp: infinite where there are positives but nothing to
+// tell them from, as then there is no gradient.
+double loss_of(const ContrastiveCall& called, const Sums& all, int64_t i, bool of_column,
+               double& lse) {
+  const double own = called.positive(i, of_column), above = all.above(i, own);
+  lse = own + above;
+  if (!called.has_groups() || !called.counts(i)) return above;
+  const auto at = static_cast<size_t>(i);
+  if (all.negatives[at] > 0)
+    return above + (own - called.mean_positive(i, of_column, all.positives[at]));
+  if (called.positives_of(i, of_column) > 1) lse = INFINITY;
+  return 0.0;
+}
+
+// The loss of a row whose positive is no sample; lse: the log of its negatives' sum.
+double unsampled_loss(const ContrastiveCall& called, const Sums& all, int64_t i, double& lse,
+                      double& weight) {
+  const int32_t count = all.negatives[static_cast<size_t>(i)];
+  lse = weight = 0.0;
+  if (count == 0) return 0.0;
+  lse = all.log_sum(i);
+  const double odds = lse + std::log1p(-std::exp(called.log_q_of(i))) - called.positive(i, false);
+  weight = 1.0 / (1.0 + std::exp(std::log(static_cast<double>(count)) - odds));
+  return weight * odds;
+}
+
 std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive(
     const Tensor& query, const Tensor& key, const Tensor& temperature, bool normalize,
-    bool symmetric, const Optional& query_ids, const Optional& key_ids,
-    std::optional<double> threshold, bool keep_pairs, const Optional& log_q, const Optional& valid,
-    const Optional& extra_keys) {
+    bool symmetric, const Optional& query_ids, const Optional& key_ids, const Optional& group_ids,
+    std::optional<double> threshold, const Optional& pair_vectors, bool keep_pairs,
+    const Optional& log_q, std::string log_q_rule, const Optional& valid,
+    const Optional& extra_keys, std::string precision) {
   ContrastiveCall called({query, key, temperature, normalize, symmetric, query_ids, key_ids,
-                          threshold, log_q, valid, extra_keys});
-  const int64_t batch = called.batch, words = (batch + kPairsPerWord - 1) / kPairsPerWord;
-  const bool kept = threshold && keep_pairs;
-  const Tensor pairs = empty_cpu({kept ? batch : 0, kept ? words : 0}, ScalarType::Long);
-  if (kept) called.find_pairs(pairs);
-  Sums rows(batch), all_columns(symmetric ? called.padded_columns : 0);
+                          group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,
+                          extra_keys, precision});
+  const int64_t batch = called.batch;
+  const Tensor pairs =
+      empty_cpu({called.keeps_pairs ? batch : 0, called.pair_words()}, ScalarType::Long);
+  if (called.keeps_pairs) called.find_pairs(pairs);
+  const bool groups = called.has_groups();
+  Sums rows(batch, groups || called.unsampled, groups),
+      columns(symmetric ? called.padded_columns : 0, groups, groups);
+  const ContrastiveSums of_rows = rows.given(), of_columns = columns.given();
   called.each_part([&](const ContrastivePart& part, float* scratch) {
-    LIVREC_CALL(contrastive_forward, called.call, part, scratch, rows.peaks.data(),
-                rows.sums.data(), all_columns.peaks.data(), all_columns.sums.data());
+    LIVREC_CALL(contrastive_forward, called.call, part, scratch, of_rows, of_columns);
   });
   const Tensor losses = empty_cpu({batch}, ScalarType::Float);
-  const Tensor lse = empty_cpu({symmetric ? 2 : 1, batch}, ScalarType::Double);
+  const Tensor lse = empty_cpu({called.kept_sums(), batch}, ScalarType::Double);
   double* lses = lse.mutable_data_ptr<double>();
   for (int64_t i = 0; i < batch; ++i) {
-    const double own = called.positive(i, false), loss = rows.loss(i, own);
-    lses[i] = own + loss;
-    double both = loss;
-    if (symmetric) {
-      const double other = called.positive(i, true), back = all_columns.loss(i, other);
-      lses[batch + i] = other + back;
-      both = (loss + back) / 2;
-    }
-    losses.mutable_data_ptr<float>()[i] = static_cast<float>(both);
+    double loss = called.unsampled
+                      ? unsampled_loss(called, rows, i, lses[i], lses[batch * (1 + symmetric) + i])
+                      : loss_of(called, rows, i, false, lses[i]);
+    if (symmetric) loss = (loss + loss_of(called, columns, i, true, lses[batch + i])) / 2;
+    losses.mutable_data_ptr<float>()[i] = static_cast<float>(loss);
   }
   return {losses, lse, pairs};
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <string>
 
 #include "buffers_torch.h"
 #include "contrastive.h"
@@ -17,9 +18,14 @@ namespace livrec {
 struct ContrastiveArguments {
   const Tensor &query, &key, &temperature;
   bool normalize, symmetric;
-  const Optional &query_ids, &key_ids;
+  const Optional &query_ids, &key_ids, &group_ids;
   const std::optional<double>& threshold;
-  const Optional &log_q, &valid, &extra_keys;
+  const Optional& pair_vectors;
+  bool keep_pairs;
+  const Optional& log_q;
+  const std::string& log_q_rule;
+  const Optional &valid, &extra_keys;
+  const std::string& precision;
 };
 
 inline double number_at(const Tensor& x, int64_t at) {
@@ -52,6 +58,13 @@ inline std::vector<int32_t> ranks_of(const Tensor& ids, int64_t padded) {
   return ranks;
 }
 
+// The positives of rows and of columns, by group: how many, and the sum of their log Q.
+struct ContrastiveGroups {
+  std::vector<int32_t> of;  // [columns, padded]
+  std::vector<int64_t> keys, queries;
+  std::vector<double> log_q;
+};
+
 constexpr int64_t kMostChunks = 32;   // no more threads have work
 constexpr int64_t kChunk = 256;       // columns of a chunk, unless there are many
 constexpr int64_t kRowsAtATime = 64;  // of work that is done row by row
@@ -61,7 +74,7 @@ class ContrastiveCall {
   Tensor query, key;
   Optional extra_keys, log_q, valid, pairs;
   TableType type;
-  bool normalize, symmetric;
+  bool normalize, symmetric, unsampled, keeps_pairs, rounds;
   int64_t batch, columns, padded_columns, dim, stride, chunks;
   double temperature;
   Scratch units;                  // of queries, then of all keys: [batch + columns, stride]
@@ -75,6 +88,9 @@ class ContrastiveCall {
         type(table_type(query.scalar_type())),
         normalize(given.normalize),
         symmetric(given.symmetric),
+        unsampled(given.log_q && given.log_q_rule == "unsampled_positive"),
+        keeps_pairs(given.threshold && given.keep_pairs),
+        rounds(given.precision == "bf16"),
         batch(query.size(0)),
         columns(batch + (given.extra_keys ? given.extra_keys->size(0) : 0)),
         padded_columns((columns + kTileColumns - 1) / kTileColumns * kTileColumns),
@@ -100,7 +116,7 @@ class ContrastiveCall {
     fill_biases();
     number_ids(given);
     make_units();
-    if (given.threshold) make_similar(static_cast<float>(*given.threshold));
+    if (given.threshold) make_similar(given);
   }
 
   float* units_of(int64_t row) const { return static_cast<float*>(units.data()) + row * stride; }
@@ -113,34 +129,50 @@ class ContrastiveCall {
   // s_ii, of the row's own loss or of the column's.
   double positive(int64_t row, bool of_column) const {
     const double scaled = positives[static_cast<size_t>(row)] / temperature;
-    return of_column ? scaled : scaled - log_q_of(row);
+    return of_column || unsampled ? scaled : scaled - log_q_of(row);
   }
+  bool has_groups() const { return call.groups != nullptr; }
+  // How many positives a valid row or column has.
+  double positives_of(int64_t row, bool of_column) const {
+    if (!has_groups()) return 1.0;
+    const auto group = static_cast<size_t>(groups_.of[static_cast<size_t>(row)]);
+    return static_cast<double>((of_column ? groups_.queries : groups_.keys)[group]);
+  }
+  // The mean of their logits, from the sum of the products of all but the own one.
+  double mean_positive(int64_t row, bool of_column, double others) const {
+    if (!has_groups()) return positive(row, of_column);
+    const auto group = static_cast<size_t>(groups_.of[static_cast<size_t>(row)]);
+    const double sum = (others + positives[static_cast<size_t>(row)]) / temperature;
+    return (of_column ? sum : sum - groups_.log_q[group]) / positives_of(row, of_column);
+  }
+  int64_t space() const { return LIVREC_CALL(contrastive_space, dim, call.similar_dim); }
+  int64_t pair_words() const { return keeps_pairs ? call.words : 0; }
+  int64_t kept_sums() const { return 1 + symmetric + unsampled; }
 
   // Bits of false negatives, kept for both passes.
   void find_pairs(const Tensor& found) {
     auto* bits = reinterpret_cast<uint64_t*>(found.mutable_data_ptr<int64_t>());
-    const int64_t words = (batch + kPairsPerWord - 1) / kPairsPerWord,
-                  blocks = (batch + kPairsBlock - 1) / kPairsBlock;
+    const int64_t rows = (batch + kPairsBlock - 1) / kPairsBlock,
+                  blocks = (call.similar.count + kPairsBlock - 1) / kPairsBlock;
     std::vector<std::pair<int64_t, int64_t>> tasks;
     for (int64_t block = 0; block < blocks; ++block)
-      for (int64_t above = 0; above <= block; ++above) tasks.emplace_back(above, block);
-    torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1,
-                                [&](int64_t begin, int64_t end) {
-                                  Buffer scratch;
-                                  float* space = scratch.of(LIVREC_CALL(contrastive_space, dim));
-                                  for (int64_t t = begin; t < end; ++t) {
-                                    const auto [above, block] = tasks[static_cast<size_t>(t)];
-                                    LIVREC_CALL(contrastive_pairs, call.similar, dim, stride,
-                                                call.threshold, above, block, words, bits, space);
-                                  }
-                                });
+      for (int64_t above = 0; above <= block && above < rows; ++above)
+        tasks.emplace_back(above, block);
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+          Buffer scratch;
+          float* scratched = scratch.of(space());
+          for (int64_t t = begin; t < end; ++t) {
+            const auto [above, block] = tasks[static_cast<size_t>(t)];
+            LIVREC_CALL(contrastive_pairs, call, above, block, bits, scratched);
+          }
+        });
     use_pairs(found);
   }
   void use_pairs(const Tensor& found) {
     pairs = found;
     call.pairs = reinterpret_cast<const uint64_t*>(found.const_data_ptr<int64_t>());
-    call.words = (batch + kPairsPerWord - 1) / kPairsPerWord;
-    call.similar = {nullptr, 0};
+    call.finds_similar = false;
   }
 
   // Runs on every part of the logits, so that no two at a time share rows or columns, and those
@@ -151,12 +183,12 @@ class ContrastiveCall {
     for (int64_t phase = 0; phase < chunks && batch > 0; ++phase)
       torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
         Buffer scratch;
-        float* space = scratch.of(LIVREC_CALL(contrastive_space, dim));
+        float* scratched = scratch.of(space());
         for (int64_t t = begin; t < end; ++t) {
           const int64_t of = (t + phase) % chunks, row = t * batch / chunks,
                         first = of * panels / chunks * kPanel,
                         last = std::min(columns, (of + 1) * panels / chunks * kPanel);
-          run(ContrastivePart{row, (t + 1) * batch / chunks - row, first, last - first}, space);
+          run(ContrastivePart{row, (t + 1) * batch / chunks - row, first, last - first}, scratched);
         }
       });
   }
@@ -178,15 +210,24 @@ class ContrastiveCall {
                          (given.extra_keys->dim() == 2 && given.extra_keys->size(1) == dim &&
                           given.extra_keys->scalar_type() == query.scalar_type())),
                     "query, key, extra_keys: must be [B, D], [B, D] and [E, D] of one dtype");
+    STD_TORCH_CHECK(
+        !given.pair_vectors ||
+            (given.pair_vectors->dim() == 2 &&
+             given.pair_vectors->scalar_type() == query.scalar_type() &&
+             (given.pair_vectors->size(0) == batch || given.pair_vectors->size(0) == columns)),
+        "pair_vectors: must be [B, P] or [B + E, P] of query's dtype");
+    STD_TORCH_CHECK(!unsampled || !given.group_ids,
+                    "log_q_rule: 'unsampled_positive' is of one positive a row");
     const auto fits = [&](const Optional& x, bool extras, ScalarType wanted) {
       return !x || (x->dim() == 1 && x->scalar_type() == wanted &&
                     (x->size(0) == batch || (extras && x->size(0) == columns)));
     };
     const ScalarType wide = given.log_q ? given.log_q->scalar_type() : ScalarType::Float;
-    STD_TORCH_CHECK(fits(given.query_ids, false, ScalarType::Long) &&
+    STD_TORCH_CHECK(fits(given.query_ids, true, ScalarType::Long) &&
                         fits(given.key_ids, true, ScalarType::Long) &&
+                        fits(given.group_ids, true, ScalarType::Long) &&
                         fits(given.valid, false, ScalarType::Bool) && fits(given.log_q, true, wide),
-                    "query_ids, key_ids, log_q, valid: must be [B], or [B + E]");
+                    "query_ids, key_ids, group_ids, log_q, valid: must be [B], or [B + E]");
   }
 
   void fill_biases() {
@@ -197,6 +238,7 @@ class ContrastiveCall {
       const auto at = static_cast<size_t>(j);
       row_bias_[at] = static_cast<float>(-log_q_of(j));
       STD_TORCH_CHECK(std::isfinite(row_bias_[at]), "log_q: must be finite");
+      STD_TORCH_CHECK(!unsampled || j >= batch || log_q_of(j) < 0, "log_q: must be negative");
       if (symmetric && j < batch) column_bias_[at] = 0.0f;
     }
     call.row_bias = row_bias_.data();
@@ -212,12 +254,32 @@ class ContrastiveCall {
     };
     number(given.query_ids, query_ids_, call.row_query_ids, call.query_ids);
     number(given.key_ids, key_ids_, call.row_key_ids, call.key_ids);
+    number(given.group_ids, groups_.of, call.row_groups, call.groups);
+    if (given.group_ids) count_groups(given.group_ids->size(0));
+  }
+
+  void count_groups(int64_t numbered) {
+    groups_.keys.assign(static_cast<size_t>(numbered), 0);
+    groups_.queries = groups_.keys;
+    groups_.log_q.assign(static_cast<size_t>(numbered), 0.0);
+    for (int64_t j = 0; j < numbered; ++j) {
+      int32_t& group = groups_.of[static_cast<size_t>(j)];
+      if (j < batch && !counts(j)) {
+        group = -1;
+        continue;
+      }
+      const auto at = static_cast<size_t>(group);
+      groups_.keys[at] += 1;
+      groups_.queries[at] += j < batch;
+      groups_.log_q[at] += log_q_of(j);
+    }
   }
 
   void make_units() {
     const auto make = [&](const Tensor& x, int64_t first, bool masked) {
       each_rows(x.size(0), [&](int64_t begin, int64_t end) {
-        widen(x, begin, end, normalize, true, masked, units_of(first + begin),
+        widen(x, begin, end, normalize, rounds ? TableType::bf16 : type,
+              masked ? call.valid : nullptr, units_of(first + begin), stride,
               norms.data() + first + begin);
       });
     };
@@ -230,30 +292,46 @@ class ContrastiveCall {
     });
   }
 
-  void widen(const Tensor& x, int64_t begin, int64_t end, bool to_unit, bool rounds, bool masked,
-             float* out, float* divisors) const {
+  // Rows to units that are rounded to `rounded`, where it is of 16 bits; of valid rows, if not
+  // null.
+  void widen(const Tensor& x, int64_t begin, int64_t end, bool to_unit, TableType rounded,
+             const bool* of_valid, float* out, int64_t apart, float* divisors) const {
+    const int64_t width = x.size(1);
     const auto* from = static_cast<const char*>(x.const_data_ptr()) +
-                       begin * dim * static_cast<int64_t>(x.element_size());
-    LIVREC_CALL(contrastive_units, from, type, to_unit, rounds,
-                masked && call.valid != nullptr ? call.valid + begin : nullptr, end - begin, dim,
-                stride, out, divisors);
+                       begin * width * static_cast<int64_t>(x.element_size());
+    LIVREC_CALL(contrastive_units, from, type, to_unit, rounded,
+                of_valid != nullptr ? of_valid + begin : nullptr, end - begin, width, apart, out,
+                divisors);
   }
 
-  // Units in float32, whatever the dtype and whether `normalize`.
-  void make_similar(float threshold) {
-    call.threshold = threshold;
-    call.similar = call.queries;
-    if (normalize && type == TableType::f32) return;
-    similar_ = std::make_unique<Scratch>((batch + 1) * stride * 4);  // one past the last is read
+  // Units in float32, whatever the dtype, the precision and whether `normalize`.
+  void make_similar(const ContrastiveArguments& given) {
+    const Tensor vectors =
+        given.pair_vectors ? torch::stable::contiguous(*given.pair_vectors) : query;
+    const int64_t count = vectors.size(0);
+    call.threshold = static_cast<float>(*given.threshold);
+    call.similar = {units_of(0), count}, call.finds_similar = true;
+    call.words = (count + kPairsPerWord - 1) / kPairsPerWord;
+    call.similar_dim = vectors.size(1);
+    call.similar_stride = LIVREC_CALL(contrastive_stride, call.similar_dim);
+    if (!given.pair_vectors && normalize && type == TableType::f32 && !rounds) return;
+    const int64_t apart = call.similar_stride;
+    similar_ = std::make_unique<Scratch>((count + 1) * apart * 4);  // one past the last is read
     auto* out = static_cast<float*>(similar_->data());
-    each_rows(batch, [&](int64_t begin, int64_t end) {
-      widen(query, begin, end, true, false, true, out + begin * stride, nullptr);
-    });
+    const auto make = [&](int64_t first, int64_t last, const bool* of_valid) {
+      each_rows(last - first, [&](int64_t begin, int64_t end) {
+        widen(vectors, first + begin, first + end, true, TableType::f32, of_valid,
+              out + (first + begin) * apart, apart, nullptr);
+      });
+    };
+    make(0, batch, call.valid);
+    make(batch, count, nullptr);
     call.similar.units = out;
   }
 
   std::vector<float> row_bias_, column_bias_;
   std::vector<int32_t> query_ids_, key_ids_;
+  ContrastiveGroups groups_;
   std::unique_ptr<Scratch> similar_;
 };
 

@@ -1,4 +1,4 @@
-"""The edges of in_batch_contrastive: masked and invalid rows, reductions, and bad inputs."""
+"""The edges of in_batch_contrastive: masked and invalid rows, dtypes, and bad inputs."""
 
 import math
 
@@ -115,34 +115,6 @@ def test_zero_vectors_give_no_nan():
         assert not query.grad.isnan().any() and key.grad.isfinite().all()
 
 
-def test_reductions_and_weights():
-    query, key, _ = draw()
-    weights = torch.linspace(0, 2, B)
-    valid = torch.arange(B) != 4
-    options = {"weights": weights.masked_fill(~valid, NAN), "valid": valid}
-    losses = in_batch_contrastive(query, key, valid=valid, reduction="none")
-    kept = weights.double() * valid
-    weighted = in_batch_contrastive(query, key, reduction="none", **options)
-    torch.testing.assert_close(weighted, kept * losses)
-    total = in_batch_contrastive(query, key, reduction="sum", **options)
-    torch.testing.assert_close(total, (kept * losses).sum())
-    mean = in_batch_contrastive(query, key, **options)
-    torch.testing.assert_close(mean, (kept * losses).sum() / kept.sum())
-    unweighted = in_batch_contrastive(query, key, valid=valid)
-    torch.testing.assert_close(unweighted, losses.sum() / (B - 1))
-    assert in_batch_contrastive(query, key, weights=torch.zeros(B)) == 0
-    assert in_batch_contrastive(query, key, valid=torch.zeros(B, dtype=torch.bool)) == 0
-
-
-def test_weights_have_a_gradient():
-    query, key, _ = draw()
-    weights = torch.rand(B, dtype=torch.float64, requires_grad=True)
-    losses = in_batch_contrastive(query, key, reduction="none")
-    (found,) = torch.autograd.grad(in_batch_contrastive(query, key, weights=weights), weights)
-    mean = (weights * losses).sum() / weights.sum()
-    torch.testing.assert_close(found, (losses - mean.detach()) / weights.sum())
-
-
 def test_result_dtypes_and_autocast():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         query, key, extra = draw(dtype=dtype)
@@ -202,8 +174,23 @@ def cast(name, dtype):
     return changed(name, lambda t: t.to(dtype))
 
 
-def elsewhere(name):
-    return changed(name, lambda t: t.to("meta"))
+def elsewhere(name, other=None):
+    return lambda inputs: {other or name: inputs[name].to("meta")}
+
+
+def grouped(count):
+    return given("group_ids", torch.zeros(count, dtype=torch.int64))
+
+
+def pairs(count, width, dtype=torch.float32):
+    return given("pair_vectors", torch.zeros(count, width).to(dtype))
+
+
+def unsampled(**others):
+    """Ask for the rule of the unsampled positive, by default with a log_q that is none."""
+    return lambda inputs: {
+        "log_q_rule": "unsampled_positive", "log_q": torch.zeros(96), "valid": None, **others
+    }  # fmt: skip
 
 
 def spoilt_log_q(value):
@@ -263,6 +250,28 @@ BAD_INPUTS = {
         ("key_ids device", elsewhere("key_ids"), ValueError, "key_ids: device"),
         ("threshold text", given("false_negative_threshold", "x"), TypeError, "threshold: .*str"),
         ("threshold nan", given("false_negative_threshold", NAN), ValueError, "threshold: .*nan"),
+        ("group_ids dtype", given("group_ids", torch.zeros(96)), TypeError, "group_ids: .*float32"),
+        ("group_ids length", grouped(95), ValueError, r"group_ids: .*\[96\] or \[120\].*\[95\]"),
+        ("group_ids device", elsewhere("query_ids", "group_ids"), ValueError, "group_ids: device"),
+        ("pair_vectors dtype", pairs(96, 3, torch.int8), TypeError, "pair_vectors: dtype .*int8"),
+        ("pair_vectors other", pairs(96, 3, torch.float64), TypeError, "pair_vectors: dtype must"),
+        ("pair_vectors length", pairs(97, 3), ValueError, r"pair_vectors: .*\[96, P\] or \[120, P"),
+        ("pair_vectors width", pairs(96, 0), ValueError, r"pair_vectors: P must be .*\[96, 0\]"),
+        ("rule", given("log_q_rule", "none"), ValueError, "log_q_rule: .*'standard'.*got 'none'"),
+        ("rule alone", unsampled(log_q=None), ValueError, "log_q_rule: .*needs log_q"),
+        (
+            "rule of groups",
+            unsampled(group_ids=torch.zeros(96).long()),
+            ValueError,
+            "log_q_rule: .*group_ids must",
+        ),
+        ("no logarithm", unsampled(), ValueError, r"log_q: must be negative .*log_q\[0\] = 0.0"),
+        (
+            "precision",
+            given("precision", "f16"),
+            ValueError,
+            "precision: .*None, 'bf16', got 'f16'",
+        ),
         ("log_q dtype", cast("log_q", torch.float16), TypeError, "log_q: dtype .*float16"),
         ("log_q shape", changed("log_q", lambda t: t[None]), ValueError, "log_q: shape"),
         ("log_q length", changed("log_q", lambda t: t[:97]), ValueError, r"log_q: .*got \[97\]"),

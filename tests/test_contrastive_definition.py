@@ -22,12 +22,14 @@ def draw(seed=0, rows=B, dim=D, extras=E, dtype=torch.float64):
 
 def naive(
     query, key, *, temperature=0.07, normalize=True, symmetric=False, query_ids=None, key_ids=None,
-    false_negative_threshold=None, log_q=None, valid=None, extra_keys=None,
+    group_ids=None, false_negative_threshold=None, pair_vectors=None, log_q=None, valid=None,
+    extra_keys=None,
 ):  # fmt: skip
     """Return the losses row by row, in float64 and Python loops, from the definition."""
     batch = len(query)
     keys = [*key.detach().double(), *([] if extra_keys is None else extra_keys.detach().double())]
     queries = list(query.detach().double())
+    compared = queries if pair_vectors is None else list(pair_vectors.double())
 
     def cosine(a, b):
         return float(a @ b / (max(float(a.norm()), 1e-12) * max(float(b.norm()), 1e-12)))
@@ -37,40 +39,69 @@ def naive(
         correction = float(log_q[j]) if corrected and log_q is not None and j < len(log_q) else 0
         return score / float(temperature) - correction
 
+    def is_valid(j):
+        return valid is None or j >= batch or bool(valid[j])
+
+    def is_positive(i, j):
+        grouped = group_ids is not None and j < len(group_ids) and group_ids[i] == group_ids[j]
+        return i == j or (grouped and is_valid(i) and is_valid(j))
+
     def is_negative(i, j):
         """Whether key j is a negative of row i; symmetric in i and j below B."""
-        if valid is not None and not (valid[i] and (j >= batch or valid[j])):
+        if not (is_valid(i) and is_valid(j)) or is_positive(i, j):
             return False
-        if key_ids is not None and j < len(key_ids) and key_ids[j] == key_ids[i]:
-            return False
-        if j >= batch:
-            return True
-        if query_ids is not None and query_ids[j] == query_ids[i]:
-            return False
+        for ids in (query_ids, key_ids):
+            if ids is not None and j < len(ids) and ids[j] == ids[i]:
+                return False
         limit = false_negative_threshold
-        return limit is None or cosine(queries[i], queries[j]) <= limit
+        if limit is None or j >= len(compared):
+            return True
+        return cosine(compared[i], compared[j]) <= limit
 
-    def softmax_loss(positive, negatives):
-        return math.log(1 + sum(math.exp(negative - positive) for negative in negatives))
+    def softmax_loss(positives, negatives):
+        if not negatives:
+            return 0
+        return sum(
+            math.log(sum(math.exp(other - one) for other in positives + negatives))
+            for one in positives
+        ) / len(positives)
+
+    def direction(pairs, corrected):
+        chosen = [
+            [logit(i, j, corrected) for i, j in pairs if belongs(i, j)]
+            for belongs in (is_positive, is_negative)
+        ]
+        return softmax_loss(*chosen)
 
     losses = []
     for i in range(batch):
-        others = [j for j in range(len(keys)) if j != i and is_negative(i, j)]
-        loss = softmax_loss(logit(i, i, True), [logit(i, j, True) for j in others])
+        loss = direction([(i, j) for j in range(len(keys))], True)
         if symmetric:
-            column = [logit(j, i, False) for j in range(batch) if j != i and is_negative(j, i)]
-            loss = (loss + softmax_loss(logit(i, i, False), column)) / 2
+            loss = (loss + direction([(j, i) for j in range(batch)], False)) / 2
         losses.append(loss)
     return torch.tensor(losses, dtype=torch.float64)
 
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
-MASKS = {
+MASKS = {  # fmt: skip
     "no mask": {},
     "query ids": {"query_ids": IDS.roll(1)},
     "key ids": {"key_ids": IDS},
     "key ids of extra keys too": {"key_ids": torch.cat([IDS, torch.tensor([5, 7, 3, 3, 0])])},
+    "query ids of extra keys too": {"query_ids": torch.cat([IDS, IDS[:E]])},
     "threshold": {"false_negative_threshold": 0.2},
+    "pair vectors": {"false_negative_threshold": 0.1, "pair_vectors": draw(1, extras=B, dim=3)[2]},
+    "pair vectors of extra keys too": {
+        "false_negative_threshold": 0.1,
+        "pair_vectors": draw(2, extras=B + E, dim=3)[2],
+    },
+    "groups": {"group_ids": IDS},
+    "groups of extra keys too": {
+        "group_ids": torch.cat([IDS, torch.tensor([5, 7, 3, 3, 0])]),
+        "key_ids": IDS.roll(2),
+        "valid": IDS != 1,
+        "false_negative_threshold": 0.3,
+    },
     "valid": {"valid": IDS != 5},
     "all": {
         "query_ids": IDS.flip(0),
@@ -178,9 +209,10 @@ def test_temperature_gradient_equals_finite_differences(case, value):
 def test_gradients_are_finite_at_the_coldest(case, dtype):
     query, key, extra = (t.requires_grad_() for t in draw(dtype=dtype))
     temperature = torch.tensor(0.01, requires_grad=True)
-    loss = in_batch_contrastive(
-        query, key, temperature=temperature, extra_keys=extra, **CASES[case]
-    )
+    options = dict(CASES[case])
+    if "pair_vectors" in options:
+        options["pair_vectors"] = options["pair_vectors"].to(dtype)
+    loss = in_batch_contrastive(query, key, temperature=temperature, extra_keys=extra, **options)
     for leaf, grad in zip(
         (query, temperature), torch.autograd.grad(loss, (query, temperature)), strict=True
     ):

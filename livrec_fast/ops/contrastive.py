@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,7 @@ from .._checks import FLOATS, check_choice, check_one_dtype, check_same, check_t
 from .._dispatch import Backend, Op, refuse_wide
 from ..reference import contrastive as reference
 from ..reference._formula import wide_dtype
-
-_WIDE = (torch.float32, torch.float64)
-_REDUCTIONS = ("mean", "sum", "none")
-_MOST_KEPT = 16_384  # rows whose false negatives are kept as bits: 32 MiB
+from . import _contrastive as checks
 
 
 def _check_values(
@@ -25,23 +20,17 @@ def _check_values(
     symmetric: bool,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    group_ids: Tensor | None,
     false_negative_threshold: float | None,
+    pair_vectors: Tensor | None,
     keep_pairs: bool,
     log_q: Tensor | None,
+    log_q_rule: str,
     valid: Tensor | None,
-    extra_keys: Tensor | None,
+    *rest: object,
 ) -> None:
-    value = float(temperature)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"temperature: must be positive and finite, got {value}")
-    if log_q is None:
-        return
-    bad = ~log_q.isfinite()
-    if valid is not None:
-        bad[: len(valid)] &= valid
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(f"log_q: must be finite, got log_q[{at}] = {float(log_q[at])}")
+    checks.check_temperature(temperature)
+    checks.check_log_q(log_q, log_q_rule, query.shape[0], valid)
 
 
 def _fake(
@@ -52,16 +41,22 @@ def _fake(
     symmetric: bool,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    group_ids: Tensor | None,
     false_negative_threshold: float | None,
+    pair_vectors: Tensor | None,
     keep_pairs: bool,
-    *rest: Tensor | None,
+    log_q: Tensor | None,
+    log_q_rule: str,
+    *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = query.shape[0]
     kept = keep_pairs and false_negative_threshold is not None
-    pairs = (batch, (batch + 63) // 64) if kept else (0, 0)
+    compared = batch if pair_vectors is None else pair_vectors.shape[0]
+    pairs = (batch, (compared + 63) // 64) if kept else (0, 0)
+    sums = 1 + symmetric + (log_q_rule == reference.UNSAMPLED)  # the last: a row's weight
     return (
         query.new_empty((batch,), dtype=wide_dtype(query.dtype)),
-        query.new_empty((2 if symmetric else 1, batch), dtype=torch.float64),
+        query.new_empty((sums, batch), dtype=torch.float64),
         query.new_empty(pairs, dtype=torch.int64),
     )
 
@@ -69,14 +64,14 @@ def _fake(
 _op = Op(
     "in_batch_contrastive",
     "(Tensor query, Tensor key, Tensor temperature, bool normalize, bool symmetric, "
-    "Tensor? query_ids, Tensor? key_ids, float? false_negative_threshold, bool keep_pairs, "
-    "Tensor? log_q, Tensor? valid, Tensor? extra_keys) "
-    "-> (Tensor losses, Tensor lse, Tensor pairs)",
+    "Tensor? query_ids, Tensor? key_ids, Tensor? group_ids, float? false_negative_threshold, "
+    "Tensor? pair_vectors, bool keep_pairs, Tensor? log_q, str log_q_rule, Tensor? valid, "
+    "Tensor? extra_keys, str precision) -> (Tensor losses, Tensor lse, Tensor pairs)",
     fake=_fake,
     reference=reference.in_batch_contrastive,
     check_values=_check_values,
     backends=(Backend("native", refuse_wide, backward=None),),
-    autocast=("query", "key", "extra_keys"),
+    autocast=("query", "key", "pair_vectors", "extra_keys"),
 )
 
 
@@ -89,18 +84,28 @@ def in_batch_contrastive(
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
     false_negative_threshold: float | None = None,
+    pair_vectors: Tensor | None = None,
     log_q: Tensor | None = None,
+    log_q_rule: str = "standard",
     weights: Tensor | None = None,
     valid: Tensor | None = None,
     extra_keys: Tensor | None = None,
+    precision: str | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     r"""Contrast each query's own key with the other keys of the batch, less the false negatives.
 
-    $\ell_i = \log \sum_{j \notin m_i} e^{s_{ij}} - s_{ii},\quad
-    s_{ij} = \langle q_i, k_j \rangle / T - \log Q_j$, with $q, k$ of unit length where `normalize`.
+    $\ell_i = \log \sum_{j \notin m_i} e^{s_{ij}} - \frac{1}{|P_i|} \sum_{p \in P_i} s_{ip},\quad
+    s_{ij} = \langle q_i, k_j \rangle / T - \log Q_j$, with $q, k$ of unit length where `normalize`,
+    and the positives $P_i = \{i\}$, or i and the other keys of its group.
+
+    With log_q_rule="unsampled_positive", where the positive, which is always there, is no sample:
+    $\ell_i = w_i (\log N_i - s_{ii}),\ N_i = \sum_{j \notin m_i, j \ne i} e^{s_{ij}},\
+    s_{ij} = \langle q_i, k_j \rangle / T - [j \ne i] \log \frac{Q_j}{1 - Q_i}$, with the constant
+    $w_i = 1 - e^{s_{ii}} / (e^{s_{ii}} + N_i / n_i)$ for $n_i$ negatives: what the model misses.
 
     In PyTorch, without masks::
 
@@ -114,15 +119,24 @@ def in_batch_contrastive(
         normalize: divide queries and keys by max(norm, 1e-12), as F.normalize does.
         symmetric: average with the loss of the other direction, where key i picks its query among
             the batch's queries by the same mask; log_q and extra_keys have no part in it.
-        query_ids: int64 [B]; key j is no negative of row i where query_ids[j] == query_ids[i].
-        key_ids: int64 [B], or [B + E] with ids of the extra keys; likewise where they are equal.
+        query_ids: int64 [B], or [B + E] with those of the extra keys' queries; key j is no negative
+            of row i where query_ids[j] == query_ids[i].
+        key_ids: int64 [B], or [B + E] with those of the extra keys; likewise where they are equal.
+        group_ids: int64 [B], or [B + E]; valid keys of row i's group are positives like its own,
+            whatever masks say, and in the other direction the queries of key i's group.
         false_negative_threshold: where the cosine of queries i and j is greater, neither key is a
             negative of the other's row. In float32, whatever `normalize`; it has no gradient.
+        pair_vectors: [B, P], or [B + E, P] with those of the extra keys, query's dtype: compared
+            instead of the queries. Without them no extra key is a false negative.
         log_q: [B] or [B + E] float32 (or float64), the log of each key's sampling probability,
             which every logit loses, the positive's too. [B] means 0 for the extra keys.
+        log_q_rule: "standard", or "unsampled_positive" as above, which needs a negative log_q of
+            the batch's keys, and one positive a row.
         weights: [B] float32 (or float64), not negative.
         valid: bool [B]; False takes row i and key i out, whatever they hold, NaN included.
         extra_keys: [E, D], query's dtype: more negatives for every row, such as a memory queue.
+        precision: "bf16" rounds unit vectors (or those given) to bfloat16, and what is multiplied
+            with them in the gradient; sums stay in float32. float64 stays as it is.
         reduction: "mean" is sum(w_i loss_i) / sum(w_i) over valid rows, or 0 where sum(w_i) is 0;
             "sum" is sum(w_i loss_i); "none" is w_i loss_i, [B].
         backend: "auto", "native" or "reference".
@@ -130,7 +144,7 @@ def in_batch_contrastive(
     Returns:
         0-d, or [B] for "none"; float64 for float64 inputs, else float32.
 
-    A mask never hides a row's own positive. A valid row whose negatives are all masked has loss
+    A mask never hides a row's positives. A valid row whose negatives are all masked has loss
     and gradient exactly 0 and counts in the mean; an invalid row has both 0 and does not count.
     B = 0 gives a mean of 0; E = 0 is no extra keys. Differentiable once, in query, key, extra_keys,
     log_q, weights and temperature. The gradient of a row of zeros is F.normalize's: finite, but
@@ -145,18 +159,20 @@ def in_batch_contrastive(
     query, key and extra_keys; temperature and log_q stay.
 
     Workspace: of the C++ kernel 4 D' (2 B + E) bytes, with D' = D rounded up to an odd multiple of
-    16, as much again in the gradient, B^2 / 8 bytes of false negatives where B is at most 16,384
-    (they are found anew in both passes where it is more), and per thread about 1,024 D + 110,000
-    bytes. Of the reference: about five float32 matrices and three boolean ones of B x (B + E), and
-    as much again in the gradient. Threads: up to one for every 256 keys, and 32.
+    16, as much again in the gradient, a bit per pair that is compared where they are at most 2^28
+    (false negatives are found anew in both passes where they are more), and per thread about
+    1,024 D + 110,000 bytes. Of the reference: about six float32 matrices and five boolean ones of
+    B x (B + E), and as much again in the gradient. Threads: one for every 256 keys, at most 32.
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or reduction, or a
-        temperature that is not positive and finite, or a valid row's log_q that is not finite.
-        BackendError: the named backend cannot run this.
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or choice, or a
+        temperature that is not positive and finite, or a valid row's log_q that is not finite, or
+        not negative where the rule wants it so. BackendError: the named backend cannot run this.
 
     Source: FLUID, section 3.1.3 (query-to-item InfoNCE with false-negative masking); LARM, section
     2.2.1 (user and author towers); Moment&Cross, section 2.4 (aligning four searched sequences).
+    Groups: L_out of "Supervised Contrastive Learning" (2020). The unsampled positive: "Correcting
+    the LogQ Correction: Revisiting Sampled Softmax for Large-Scale Retrieval" (2025).
 
     Example:
         >>> loss = in_batch_contrastive(users, rooms, key_ids=room_ids, temperature=0.05)
@@ -169,77 +185,31 @@ def in_batch_contrastive(
     check_tensor("key", key, (batch, dim), FLOATS)
     if extra_keys is not None:
         check_tensor("extra_keys", extra_keys, ("E", dim), FLOATS)
-    check_one_dtype(query=query, key=key, extra_keys=extra_keys)
     keys = batch + (0 if extra_keys is None else extra_keys.shape[0])
-    _check_vector("query_ids", query_ids, (batch,), (torch.int64,))
-    _check_vector("key_ids", key_ids, (batch, keys), (torch.int64,))
-    _check_vector("log_q", log_q, (batch, keys), _WIDE)
-    _check_vector("weights", weights, (batch,), _WIDE)
-    _check_vector("valid", valid, (batch,), (torch.bool,))
-    _check_flags(normalize, symmetric, false_negative_threshold, reduction)
-    scale = _as_tensor(temperature, query)
+    for name, ids in (("query_ids", query_ids), ("key_ids", key_ids), ("group_ids", group_ids)):
+        checks.check_vector(name, ids, (batch, keys), (torch.int64,))
+    checks.check_vector("log_q", log_q, (batch, keys), checks.WIDE)
+    checks.check_vector("weights", weights, (batch,), checks.WIDE)
+    checks.check_vector("valid", valid, (batch,), (torch.bool,))
+    checks.check_pair_vectors(pair_vectors, (batch, keys))
+    check_one_dtype(query=query, key=key, pair_vectors=pair_vectors, extra_keys=extra_keys)
+    checks.check_flags(normalize=normalize, symmetric=symmetric)
+    checks.check_rule(log_q_rule, log_q, group_ids)
+    threshold = checks.check_threshold(false_negative_threshold)
+    lowered = checks.precision_of(precision)
+    check_choice("reduction", reduction, checks.REDUCTIONS)
+    scale = checks.as_tensor(temperature, query)
     check_same(
         "device", query=query, key=key, temperature=scale, query_ids=query_ids, key_ids=key_ids,
-        log_q=log_q, weights=weights, valid=valid, extra_keys=extra_keys,
+        group_ids=group_ids, pair_vectors=pair_vectors, log_q=log_q, weights=weights, valid=valid,
+        extra_keys=extra_keys,
     )  # fmt: skip
-    threshold = None if false_negative_threshold is None else float(false_negative_threshold)
+    compared = None if pair_vectors is None or threshold is None else pair_vectors.detach()
+    kept = threshold is not None and checks.keeps_pairs(
+        batch, batch if compared is None else compared.shape[0]
+    )
     losses, _, _ = _op(
-        query, key, scale, normalize, symmetric, query_ids, key_ids, threshold,
-        threshold is not None and batch <= _MOST_KEPT, log_q, valid, extra_keys, backend=backend,
+        query, key, scale, normalize, symmetric, query_ids, key_ids, group_ids, threshold, compared,
+        kept, log_q, log_q_rule, valid, extra_keys, lowered, backend=backend,
     )  # fmt: skip
-    return _reduce(losses, weights, valid, reduction)
-
-
-def _reduce(losses: Tensor, weights: Tensor | None, valid: Tensor | None, reduction: str) -> Tensor:
-    """Weigh the losses, which are 0 in invalid rows, and reduce them."""
-    if weights is None:
-        weights = torch.ones_like(losses) if valid is None else valid.to(losses.dtype)
-    elif valid is not None:
-        weights = weights.masked_fill(~valid, 0)
-    weighted = losses * weights
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    total = weights.sum()
-    return weighted.sum() / total.masked_fill(total == 0, 1)
-
-
-def _check_vector(
-    name: str, value: Any, lengths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """Check an optional vector that may have one of several lengths."""
-    if value is None:
-        return
-    check_tensor(name, value, ("B",), dtypes)
-    if all(value.shape[0] != length for length in lengths):
-        allowed = " or ".join(f"[{length}]" for length in dict.fromkeys(lengths))
-        raise ValueError(f"{name}: shape must be {allowed}, got {list(value.shape)}")
-
-
-def _check_flags(normalize: Any, symmetric: Any, threshold: Any, reduction: Any) -> None:
-    for name, flag in (("normalize", normalize), ("symmetric", symmetric)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: must be a bool, got {type(flag).__name__}")
-    if threshold is not None:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise TypeError(
-                f"false_negative_threshold: must be a float, got {type(threshold).__name__}"
-            )
-        if threshold != threshold:
-            raise ValueError("false_negative_threshold: must be a number, got nan")
-    check_choice("reduction", reduction, _REDUCTIONS)
-
-
-def _as_tensor(temperature: Any, query: Tensor) -> Tensor:
-    """Return the temperature as a 0-d tensor; a float is checked here, a tensor's value later."""
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, (), FLOATS)
-        return temperature
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(
-            f"temperature: must be a float or a 0-d tensor, got {type(temperature).__name__}"
-        )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: must be positive and finite, got {temperature}")
-    return query.new_full((), temperature, dtype=wide_dtype(query.dtype))
+    return checks.reduce(losses, weights, valid, reduction)
