@@ -80,9 +80,7 @@ class Close:
 
     def __call__(self, output: Any, inputs: dict[str, Any], times: float = 2) -> None:
         """Raise AssertionError where an output, or a gradient, is further off."""
-        if not self._exact:
-            self._same, self._exact = self._formula(inputs), self._formula(to_double(inputs))
-        found = [output] if isinstance(output, Tensor) else list(output)
+        found = self._compute(output, inputs)
         for at, (got, same, exact) in enumerate(zip(found, self._same, self._exact, strict=True)):
             assert got.shape == exact.shape, f"{at}: shape {list(got.shape)}"
             error, own = (got - exact).abs(), (same - exact).abs()
@@ -90,3 +88,19 @@ class Close:
                 limit = times * norm(own) + self._rounding * norm(exact.abs()).clamp(min=1)
                 off = norm(error)
                 assert off <= limit, f"output {at}: off by {off:.3g}, limit {limit:.3g}"
+
+    def roughly(self, output: Any, inputs: dict[str, Any], limit: float) -> dict[str, float]:
+        """Hold outputs to a relative error, in RMS, and tell the worst: for who rounds or drops."""
+        found = self._compute(output, inputs)
+        errors = [
+            float((got.detach() - exact.detach()).norm() / exact.detach().norm())
+            for got, exact in zip(found, self._exact, strict=True)
+        ]
+        assert all(error <= limit for error in errors), f"relative errors {errors}, limit {limit}"
+        return {"relative error": max(errors)}
+
+    def _compute(self, output: Any, inputs: dict[str, Any]) -> list[Tensor]:
+        """Compute the answers, once, and return the outputs as a list."""
+        if not self._exact:
+            self._same, self._exact = self._formula(inputs), self._formula(to_double(inputs))
+        return [output] if isinstance(output, Tensor) else list(output)

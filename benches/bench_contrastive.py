@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import livrec_fast
-from livrec_fast.benchmarking import Case, Options, ours
+from livrec_fast.benchmarking import Absent, Case, Options, ours
 
-from . import peers, peers_contrastive
+from . import peers, peers_contrastive, peers_contrastive_gpu
 from .agreement import Close
 
 DIM, TEMPERATURE, THRESHOLD, BLOCK = 128, 0.07, 0.9, 1_024
+MOST_AT_ONCE = 8_192  # rows that the reference, whose memory is B x B, is asked for
 Inputs = dict[str, Any]
 
 
 def cases(options: Options) -> Iterator[Case]:
     """Yield the cases: plain, with false negatives masked, both ways, in bfloat16."""
     if options.quick:
+        yield case(512, options, training=True)
         yield case(512, options, training=True, threshold=THRESHOLD)
         return
     for rows in (4_096, 8_192):
@@ -32,6 +34,8 @@ def cases(options: Options) -> Iterator[Case]:
         if rows > 512:
             yield case(rows, options, training=True, threshold=THRESHOLD)
             yield case(rows, options, training=True, symmetric=True)
+    for rows in (16_384, 32_768, 65_536):
+        yield case(rows, options, training=True)
     yield case(4_096, options, training=True, dtype=torch.bfloat16)
 
 
@@ -64,6 +68,10 @@ def case(
         return peers_contrastive.training(partial(loss, backend=backend), given, training)()
 
     settings = (training, TEMPERATURE, threshold, symmetric)
+    setting = peers_contrastive.Setting(rows, *settings, dtype)
+    agree = Close(partial(formula, function, *settings))
+    large = peers_contrastive.too_large(options, rows**2, 18)
+    reference = partial(function, backend="reference")
     shown = [f"D {DIM}, B {rows:,}", *(["masked"] if threshold else [])]
     return Case(
         op="in_batch_contrastive",
@@ -71,11 +79,12 @@ def case(
         sizes={"B": rows, "D": DIM, "masked": threshold is not None, "symmetric": symmetric},
         dtype=dtype,
         make=make,
-        agree=Close(partial(formula, function, *settings)),
+        agree=agree,
         contestants=[
             *ours(function, options),
-            peers.eager(partial(function, backend="reference")),
-            *peers_contrastive.contestants(options, *settings, dtype),
+            Absent("torch eager", large, "reference") if large else peers.eager(reference),
+            *peers_contrastive.contestants(setting, options),
+            *peers_contrastive_gpu.contestants(setting, options, agree),
         ],
         bytes=2 * rows * DIM * (2 if dtype == torch.bfloat16 else 4) * (3 if training else 1),
         flops=2 * rows * rows * DIM * (4 if training else 1),
@@ -92,8 +101,8 @@ def formula(
     symmetric: bool,
     inputs: Inputs,
 ) -> list[Tensor]:
-    """Compute by the reference; in float64, block by block of the rows."""
-    if inputs["query"].dtype != torch.float64:
+    """Compute by the reference; in float64, or of many rows, block by block of the rows."""
+    if inputs["query"].dtype != torch.float64 and len(inputs["query"]) <= MOST_AT_ONCE:
         found: list[Tensor] = function(**inputs, backend="reference")
         return found
     leaves = [inputs[name].detach().requires_grad_() for name in ("query", "key")]

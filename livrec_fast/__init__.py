@@ -30,7 +30,9 @@ from .ops.target_attention_features import shared_attention, target_attention_fe
 if TYPE_CHECKING:
     from .modules import (
         CodeTargetAttention,
+        CrossBatchQueue,
         ExtractUnit,
+        InBatchContrastive,
         PairedPrefixNgramEmbedding,
         PrefixNgramEmbedding,
         ResidualKMeans,
@@ -48,7 +50,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "CodeTargetAttention",
+    "CrossBatchQueue",
     "ExtractUnit",
+    "InBatchContrastive",
     "KMeansStep",
     "PairedPrefixNgramEmbedding",
     "PrefixNgramEmbedding",

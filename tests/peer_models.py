@@ -12,7 +12,16 @@ import pytest
 import torch
 
 ITEMS, USERS = 500, 20
-FILES = ("h5py", "pandas", "polars", "ray", "requests")  # read and fetch files, of which none is
+FILES = ("h5py", "polars", "ray", "requests")  # read and fetch files, of which none is
+
+
+class Values(type):
+    """Has any value, such as an enumeration's."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 class StandIn(ModuleType):
@@ -21,15 +30,19 @@ class StandIn(ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return Values(name, (), {})
 
 
 class Finder(MetaPathFinder, Loader):
     """Finds stand-ins, after all others, for what is not installed."""
 
+    def __init__(self, packages):
+        self.packages = packages
+
     def find_spec(self, name, path=None, target=None):
-        """Find a stand-in for a module of FILES or in one."""
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in FILES else None
+        """Find a stand-in for a module of the packages."""
+        wanted = name.split(".")[0] in self.packages
+        return ModuleSpec(name, self, is_package=True) if wanted else None
 
     def create_module(self, spec):
         """Make one."""
@@ -40,9 +53,9 @@ class Finder(MetaPathFinder, Loader):
 
 
 @contextmanager
-def stand_ins():
+def stand_ins(packages=FILES):
     """Let imports in the block find stand-ins, and nothing find them afterwards."""
-    finder = Finder()
+    finder = Finder(packages)
     sys.meta_path.append(finder)
     try:
         yield
@@ -52,14 +65,18 @@ def stand_ins():
             del sys.modules[name]
 
 
-def imported(package, *modules):
-    """Import modules of a package that may be absent: the test is then skipped, with the reason."""
+def imported(package, *modules, without=FILES):
+    """Import modules of a package that may be absent: the test is then skipped, with the reason.
+
+    without: what the package imports and does not use here, which need not be installed.
+    """
     if util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: see requirements/peers.txt")
-    for name in ("sklearn.preprocessing", "sklearn.metrics", "pyarrow.parquet"):
-        pytest.importorskip(name)  # they look for pandas: not at a stand-in
-    with stand_ins():
-        sys.modules.setdefault("requests", StandIn("requests"))  # asks for newer versions
+    for name in ("sklearn.preprocessing", "sklearn.metrics", "pyarrow.parquet", "pandas"):
+        pytest.importorskip(name)  # they look for each other: not at a stand-in
+    with stand_ins(without):
+        if "requests" in without:
+            sys.modules.setdefault("requests", StandIn("requests"))  # asks for newer versions
         return [import_module(name) for name in modules]
 
 
