@@ -1,7 +1,5 @@
 """Negatives of all ranks: three processes equal one that has the joined batch, gradients too."""
 
-import inspect
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +8,7 @@ from contrastive_by_hand import loss_by_hand
 from ranks import leave
 from torch import nn
 
-from livrec_fast import CrossBatchQueue, InBatchContrastive, in_batch_contrastive
+from livrec_fast import CrossBatchQueue, InBatchContrastive
 
 RANKS, N, E, IN, D = 3, 17, 7, 5, 4
 SHARDS = {"uneven": (6, 2, 9), "one without rows": (10, 0, 7), "all on one": (0, 17, 0)}
@@ -36,9 +34,6 @@ CASES = {
     },
 }  # fmt: skip
 CASES = {name: {"known": (), "extra": False} | case for name, case in CASES.items()}
-if "pair_vectors" not in inspect.signature(in_batch_contrastive).parameters:
-    for name in "query ids,false negatives,groups,unsampled,all".split(","):
-        del CASES[name]
 RUNS = [(case, shards, torch.float64) for case in CASES for shards in SHARDS]
 RUNS += [(case, "uneven", torch.float32) for case in CASES]  # by the kernel
 

@@ -1,7 +1,6 @@
 """InBatchContrastive in one process: its temperature, its settings, its queue."""
 
 import copy
-import inspect
 import math
 
 import pytest
@@ -156,10 +155,6 @@ def test_queue_gives_the_keys_of_past_batches(case, symmetric):
         assert len(queue) == min(30, len(past))
 
 
-NEW = "pair_vectors" in inspect.signature(in_batch_contrastive).parameters
-
-
-@pytest.mark.skipif(not NEW, reason="the op has no groups and no pair vectors yet")
 @pytest.mark.parametrize("given", [True, False])
 def test_queue_keeps_groups_and_pair_vectors(given):
     """A second batch has positives and false negatives in the first."""
@@ -186,7 +181,6 @@ def test_queue_keeps_groups_and_pair_vectors(given):
         assert loss_by_hand(query, key, **options, **less) != wanted
 
 
-@pytest.mark.skipif(not NEW, reason="the op has no such settings yet")
 def test_settings_reach_the_op():
     query, key, _ = draw(dtype=torch.float32)
     log_q = -torch.arange(1.0, B + 1)
