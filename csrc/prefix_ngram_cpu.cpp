@@ -36,20 +36,22 @@ bool streams(const PrefixLookup& job) {
   return whole;
 }
 
-// out (+)= scale * row, in float32.
-void add_row(const char* row, TableType type, float scale, int64_t dim, bool first, float* out) {
+// out += scale * row, in float32.
+LIVREC_INLINE void add_row(const char* row, TableType type, float scale, int64_t dim, float* out) {
   const auto* floats = reinterpret_cast<const float*>(row);
   const auto* halves = reinterpret_cast<const uint16_t*>(row);
   const auto* bytes = reinterpret_cast<const int8_t*>(row);
-  if (type == TableType::f32)
-    for (int64_t d = 0; d < dim; ++d) out[d] = first ? floats[d] : out[d] + floats[d];
-  else if (type == TableType::i8)
-    for (int64_t d = 0; d < dim; ++d)
-      out[d] = (first ? 0.0f : out[d]) + scale * static_cast<float>(bytes[d]);
-  else if (type == TableType::f16)
-    for (int64_t d = 0; d < dim; ++d) out[d] = (first ? 0.0f : out[d]) + float_of_f16(halves[d]);
-  else
-    for (int64_t d = 0; d < dim; ++d) out[d] = (first ? 0.0f : out[d]) + float_of_bf16(halves[d]);
+  int64_t d = 0;
+  if (type == TableType::f32) {
+    for (; d + kLanes <= dim; d += kLanes) store(out + d, load(out + d) + load(floats + d));
+    for (; d < dim; ++d) out[d] += floats[d];
+  } else if (type == TableType::i8) {
+    for (; d < dim; ++d) out[d] += scale * static_cast<float>(bytes[d]);
+  } else if (type == TableType::f16) {
+    for (; d < dim; ++d) out[d] += float_of_f16(halves[d]);
+  } else {
+    for (; d < dim; ++d) out[d] += float_of_bf16(halves[d]);
+  }
 }
 
 // Writes a row of sums in the output's type.
@@ -152,29 +154,34 @@ void add_item(const PrefixLookup& job, const int64_t* rows, float* sums) {
     const int64_t row = rows[l * kPrefixBlock];
     if (row < 0) continue;
     const float scale = level.scales ? level.scales[row] : 1.0f;
-    add_row(row_of(level, job.type, row), job.type, scale, level.dim, false, sums + level.column);
+    add_row(row_of(level, job.type, row), job.type, scale, level.dim, sums + level.column);
   }
 }
 
-// The table rows of items [begin, end), in order. Tables are asked for kAhead items before they are
-// read: memory answers meanwhile. Asked for a whole block at once, most would wait in line.
+// The table rows of items [begin, end), in order. Memory is asked for those of the next block, a
+// few items at a time: asked for all at once, most would wait in line.
 class Rows {
  public:
   Rows(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* space)
-      : job_(job), space_(space), begin_(begin), end_(end), found_(begin), asked_(begin) {
-    for (int i = 0; i < kAhead; ++i) ask();
+      : job_(job), space_(space), begin_(begin), end_(end), found_(begin) {
+    find();
+    ask(begin, found_);
+    find();
   }
 
   // Those of the next item: rows[l * kPrefixBlock] of level l.
-  const int64_t* of(int64_t item) {
-    ask();
+  LIVREC_INLINE const int64_t* of(int64_t item) {
+    const int64_t i = item - begin_;
+    if (i % kPrefixBlock == 0 && i > 0) find();
+    if (i % kAtOnce == 0)
+      ask(least(item + kPrefixBlock, found_), least(item + kPrefixBlock + kAtOnce, found_));
     return at(item);
   }
 
   int64_t first_bad() const { return first_bad_; }
 
  private:
-  static constexpr int kAhead = 32;
+  static constexpr int64_t kAtOnce = 4;
 
   int64_t* at(int64_t item) const {  // two blocks take turns
     const int64_t i = item - begin_, turn = i / kPrefixBlock % 2;
@@ -182,26 +189,30 @@ class Rows {
   }
 
   void find() {
-    const int64_t end = found_ + kPrefixBlock < end_ ? found_ + kPrefixBlock : end_;
+    const int64_t end = least(found_ + kPrefixBlock, end_);
+    if (end == found_) return;
     const int64_t bad = prefix_ngram_rows(job_.codes, found_, end, at(found_));
     if (bad >= 0 && first_bad_ < 0) first_bad_ = bad;
     found_ = end;
   }
 
-  LIVREC_INLINE void ask() {
-    if (asked_ == end_) return;
-    if (asked_ == found_) find();
-    const int64_t* rows = at(asked_++);
-    for (int64_t l = 0; l < job_.codes.level_count; ++l) {
+  LIVREC_INLINE void ask(int64_t from, int64_t to) const {
+    if (from >= to) return;
+    const int64_t* rows = at(from);
+    const int64_t size = bytes_of(job_.type);
+    for (int64_t l = 0; l < job_.codes.level_count; ++l, rows += kPrefixBlock) {
       const PrefixLevel& level = job_.codes.levels[l];
-      const int64_t row = rows[l * kPrefixBlock];
-      if (row >= 0) fetch(row_of(level, job_.type, row), level.dim * bytes_of(job_.type));
+      const int64_t bytes = level.dim * size, stride = level.table_stride * size;
+      if (static_cast<int64_t>(level.rows) * bytes <= kCached) continue;
+      const char* table = static_cast<const char*>(level.table);
+      for (int64_t i = 0; i < to - from; ++i)
+        if (rows[i] >= 0) fetch(table + rows[i] * stride, bytes);
     }
   }
 
   const PrefixLookup& job_;
   int64_t* space_;
-  int64_t begin_, end_, found_, asked_, first_bad_ = -1;
+  int64_t begin_, end_, found_, first_bad_ = -1;
 };
 
 int64_t look_up_items(const PrefixLookup& job, int64_t begin, int64_t end, int64_t* space,
