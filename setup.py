@@ -30,6 +30,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 OBJECT_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),

@@ -37,15 +37,18 @@ constexpr int64_t kPairsPerWord = 64;
 constexpr int64_t kPairsBlock = 512;  // rows whose bits fill a cache line
 constexpr int64_t kBlockWords = kPairsBlock / kPairsPerWord;
 
-// Vectors in float32, `stride` numbers apart.
+// Vectors in float32, `stride` numbers apart; and where products are of bfloat16 the same in words
+// of two: of a vector's numbers 2n and 2n + 1, and of the vectors 2n and 2n + 1 (`stride` words
+// apart).
 struct ContrastiveSide {
   const float* units;
   int64_t count;
+  const float *words, *paired;  // or null
 };
 
 struct Contrastive {
   ContrastiveSide queries, keys;  // keys: of the batch, then extra ones
-  int64_t dim, stride;
+  int64_t dim, stride, words_stride;
   float per_temperature, rest;  // their sum is 1 / T; both positive, as products are -inf
   const float* row_bias;        // [columns, padded]: -log Q, -inf for what is no key
   const float* column_bias;     // likewise, 0 for a key of the batch; null: one way
@@ -74,6 +77,13 @@ LIVREC_DECLARE(int64_t, contrastive_space, (int64_t dim, int64_t similar_dim))  
 LIVREC_DECLARE(void, contrastive_units,
                (const void* x, TableType type, bool normalize, TableType rounded, const bool* valid,
                 int64_t count, int64_t dim, int64_t stride, float* units, float* norms))
+
+// Whether this level multiplies bfloat16, and units as it wants them: of rows begin .. end - 1,
+// from an even one to an even one or the last; zeros where there is nothing.
+LIVREC_DECLARE(bool, contrastive_packs, ())
+LIVREC_DECLARE(void, contrastive_pack,
+               (const float* units, int64_t begin, int64_t end, int64_t stride, float* words,
+                int64_t words_stride, float* paired))
 
 // products [count]: <a_i, b_i>.
 LIVREC_DECLARE(void, contrastive_products,

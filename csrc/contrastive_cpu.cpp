@@ -131,6 +131,32 @@ void contrastive_units(const void* x, TableType type, bool normalize, TableType 
   }
 }
 
+#if defined(__AVX512BF16__)
+bool contrastive_packs() { return true; }
+#else
+bool contrastive_packs() { return false; }
+#endif
+
+void contrastive_pack(const float* units, int64_t begin, int64_t end, int64_t stride, float* words,
+                      int64_t words_stride, float* paired) {
+  const auto put = [](uint16_t first, uint16_t second, float* to) {
+    const uint16_t pair[2] = {first, second};
+    __builtin_memcpy(to, pair, 4);
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    const float* unit = units + i * stride;  // zeros past dim
+    for (int64_t w = 0; w < words_stride; ++w) {
+      const bool within = 2 * w + 1 < stride;
+      put(within ? bf16_of(unit[2 * w]) : 0, within ? bf16_of(unit[2 * w + 1]) : 0,
+          words + i * words_stride + w);
+    }
+    if (i % 2 == 0)
+      for (int64_t d = 0; d < stride; ++d)
+        put(bf16_of(unit[d]), i + 1 < end ? bf16_of(unit[stride + d]) : 0,
+            paired + i / 2 * stride + d);
+  }
+}
+
 void contrastive_products(const float* a, const float* b, int64_t count, int64_t dim,
                           int64_t stride, double* products) {
   for (int64_t i = 0; i < count; ++i) products[i] = product_of(a + i * stride, b + i * stride, dim);

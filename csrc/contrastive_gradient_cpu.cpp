@@ -32,6 +32,31 @@ void weigh_row(const Contrastive& call, const ContrastiveSlopes& slopes, int64_t
   }
 }
 
+constexpr int64_t kWordStride = kTileStride / 2;
+
+// Weights of a tile in words of two: of neighbouring columns, and of neighbouring rows.
+void pack_weights([[maybe_unused]] const float* s, [[maybe_unused]] int64_t rows,
+                  [[maybe_unused]] int64_t width, [[maybe_unused]] float* by_column,
+                  [[maybe_unused]] float* by_row) {
+#if defined(__AVX512BF16__)
+  const auto halves = [](Floats from) {
+    return __builtin_convertvector(same_bits<Halves>(_mm512_cvtneps_pbh(from)), Bits);
+  };
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t v = 0; v < width; v += 2 * kLanes) {
+      const float* from = s + i * kTileStride + v;
+      store(by_column + i * kWordStride + v / 2,
+            same_bits<Floats>(_mm512_cvtne2ps_pbh(load(from + kLanes), load(from))));
+    }
+  for (int64_t i = 0; i < rows; i += 2)
+    for (int64_t v = 0; v < width; v += kLanes) {
+      const float* from = s + i * kTileStride + v;
+      const Bits next = i + 1 < rows ? halves(load(from + kTileStride)) << 16 : Bits{};
+      store(by_row + i / 2 * kTileStride + v, same_bits<Floats>(halves(load(from)) | next));
+    }
+#endif
+}
+
 void narrow(const float* row, TableType type, int64_t dim, int64_t at, void* out) {
   if (type == TableType::f32)
     for (int64_t d = 0; d < dim; ++d) static_cast<float*>(out)[at + d] = row[d];
@@ -54,6 +79,19 @@ void contrastive_backward(const Contrastive& call, const ContrastivePart& part, 
     for (int64_t i = 0; i < rows; ++i)
       weigh(call, slopes, row + i, column, width, space.s + i * kTileStride);
     const int64_t columns = least(width, call.keys.count - column);
+    if (call.keys.paired != nullptr) {
+      float *by_column = space.similar, *by_row = by_column + kTileRows * kWordStride;
+      pack_weights(space.s, rows, width, by_column, by_row);
+      if (slopes.dq != nullptr)
+        multiply<false, false, OfPairs>(
+            {by_column, kWordStride, 1}, rows, call.keys.paired + column / 2 * stride, stride,
+            words_of(columns), slopes.dq + row * stride, stride, padded, true);
+      if (slopes.dk != nullptr)
+        multiply<false, false, OfPairs>(
+            {by_row, 1, kTileStride}, columns, call.queries.paired + row / 2 * stride, stride,
+            words_of(rows), slopes.dk + column * stride, stride, padded, true);
+      return;
+    }
     if (slopes.dq != nullptr)
       multiply({space.s, kTileStride, 1}, rows, call.keys.units + column * stride, stride, columns,
                slopes.dq + row * stride, stride, padded, true);

@@ -5,10 +5,24 @@
 #include "contrastive.h"
 #include "halves.h"
 #include "products.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace livrec {
 namespace LIVREC_ISA {
 namespace {
+
+#if defined(__AVX512BF16__)
+// A term of a product of matrices of bfloat16, whose numbers are words of two along the depth.
+struct OfPairs {
+  static LIVREC_INLINE Floats add(Floats sum, float a, Floats b) {
+    return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(Floats{} + a), same_bits<__m512bh>(b));
+  }
+};
+#else
+using OfPairs = OfFloats;  // never used: nothing is packed
+#endif
 
 LIVREC_INLINE int64_t padded_to_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
 
@@ -38,6 +52,16 @@ inline void tile_products(const float* rows, int64_t count, int64_t stride, cons
       multiply({rows + d, stride, 1}, even, panels + at * padded + d * kPanel, kPanel,
                least(kChain, dim - d), s + at, kTileStride, kPanel, d > 0);
 }
+
+// Likewise of vectors in words of two numbers; <a, b> may not have the bits of <b, a>.
+inline void tile_pair_products(const float* rows, int64_t count, int64_t stride,
+                               const float* panels, int64_t columns, int64_t words, float* s) {
+  for (int64_t at = 0; at < columns; at += kPanel)
+    multiply<false, false, OfPairs>({rows, stride, 1}, count, panels + at * padded_to_lanes(words),
+                                    kPanel, words, s + at, kTileStride, kPanel, false);
+}
+
+LIVREC_INLINE int64_t words_of(int64_t dim) { return (dim + 1) / 2; }
 
 // One bit for each product of a panel above the threshold.
 LIVREC_INLINE uint64_t bits_above(const float* s, float threshold) {
@@ -123,8 +147,12 @@ inline void fill_tile(const Contrastive& call, const TileSpace& space, int64_t c
                       int64_t width, int64_t row, int64_t rows) {
   const int64_t stride = call.stride,
                 similar = call.finds_similar ? least(width, call.similar.count - column) : 0;
-  tile_products(call.queries.units + row * stride, rows, stride, space.panels, width, call.dim,
-                space.s);
+  if (call.queries.words != nullptr)
+    tile_pair_products(call.queries.words + row * call.words_stride, rows, call.words_stride,
+                       space.panels, width, words_of(call.dim), space.s);
+  else
+    tile_products(call.queries.units + row * stride, rows, stride, space.panels, width, call.dim,
+                  space.s);
   if (similar > 0)
     tile_products(call.similar.units + row * call.similar_stride, rows, call.similar_stride,
                   space.similar_panels, similar, call.similar_dim, space.similar);
@@ -153,7 +181,11 @@ LIVREC_INLINE void each_tile(const Contrastive& call, const ContrastivePart& par
   for (int64_t at = 0; at < part.columns; at += kTileColumns) {
     const int64_t column = part.column + at,
                   width = least(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
-    turn_panels(call.keys, call.dim, call.stride, column, width, space.panels);
+    if (call.keys.words != nullptr)
+      turn_panels({call.keys.words, call.keys.count, nullptr, nullptr}, words_of(call.dim),
+                  call.words_stride, column, width, space.panels);
+    else
+      turn_panels(call.keys, call.dim, call.stride, column, width, space.panels);
     if (call.finds_similar)
       turn_panels(call.similar, call.similar_dim, call.similar_stride, column, width,
                   space.similar_panels);

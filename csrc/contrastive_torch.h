@@ -90,7 +90,7 @@ class ContrastiveCall {
         symmetric(given.symmetric),
         unsampled(given.log_q && given.log_q_rule == "unsampled_positive"),
         keeps_pairs(given.threshold && given.keep_pairs),
-        rounds(given.precision == "bf16"),
+        rounds(given.precision == "bf16" || type == TableType::bf16),
         batch(query.size(0)),
         columns(batch + (given.extra_keys ? given.extra_keys->size(0) : 0)),
         padded_columns((columns + kTileColumns - 1) / kTileColumns * kTileColumns),
@@ -111,11 +111,13 @@ class ContrastiveCall {
       call.per_temperature = std::nextafter(call.per_temperature, 0.0f);
     call.rest = std::max(static_cast<float>(1.0 / temperature - call.per_temperature),
                          std::numeric_limits<float>::min());
-    call.queries = {units_of(0), batch}, call.keys = {units_of(batch), columns};
+    call.queries = {units_of(0), batch, nullptr, nullptr};
+    call.keys = {units_of(batch), columns, nullptr, nullptr};
     call.valid = valid ? valid->const_data_ptr<bool>() : nullptr;
     fill_biases();
     number_ids(given);
     make_units();
+    if (rounds && LIVREC_CALL(contrastive_packs)) pack_units();
     if (given.threshold) make_similar(given);
   }
 
@@ -185,12 +187,15 @@ class ContrastiveCall {
         Buffer scratch;
         float* scratched = scratch.of(space());
         for (int64_t t = begin; t < end; ++t) {
-          const int64_t of = (t + phase) % chunks, row = t * batch / chunks,
+          const int64_t of = (t + phase) % chunks, row = first_row(t),
                         first = of * panels / chunks * kPanel,
                         last = std::min(columns, (of + 1) * panels / chunks * kPanel);
-          run(ContrastivePart{row, (t + 1) * batch / chunks - row, first, last - first}, scratched);
+          run(ContrastivePart{row, first_row(t + 1) - row, first, last - first}, scratched);
         }
       });
+  }
+  int64_t first_row(int64_t chunk) const {  // an even one, as rows may come in pairs
+    return chunk == chunks ? batch : chunk * batch / chunks / 2 * 2;
   }
   template <typename Run>
   static void each_rows(int64_t count, const Run& run) {
@@ -304,13 +309,29 @@ class ContrastiveCall {
                 divisors);
   }
 
+  void pack_units() {
+    call.words_stride = LIVREC_CALL(contrastive_stride, (dim + 1) / 2);
+    const auto pack = [&](ContrastiveSide& side, std::unique_ptr<Scratch>& held) {
+      const int64_t words = side.count * call.words_stride;
+      held = std::make_unique<Scratch>((words + (side.count + 1) / 2 * stride) * 4);
+      auto* out = static_cast<float*>(held->data());
+      each_rows(side.count, [&](int64_t begin, int64_t end) {
+        LIVREC_CALL(contrastive_pack, side.units, begin, end, stride, out, call.words_stride,
+                    out + words);
+      });
+      side.words = out, side.paired = out + words;
+    };
+    pack(call.queries, packed_queries_);
+    pack(call.keys, packed_keys_);
+  }
+
   // Units in float32, whatever the dtype, the precision and whether `normalize`.
   void make_similar(const ContrastiveArguments& given) {
     const Tensor vectors =
         given.pair_vectors ? torch::stable::contiguous(*given.pair_vectors) : query;
     const int64_t count = vectors.size(0);
     call.threshold = static_cast<float>(*given.threshold);
-    call.similar = {units_of(0), count}, call.finds_similar = true;
+    call.similar = {units_of(0), count, nullptr, nullptr}, call.finds_similar = true;
     call.words = (count + kPairsPerWord - 1) / kPairsPerWord;
     call.similar_dim = vectors.size(1);
     call.similar_stride = LIVREC_CALL(contrastive_stride, call.similar_dim);
@@ -332,7 +353,7 @@ class ContrastiveCall {
   std::vector<float> row_bias_, column_bias_;
   std::vector<int32_t> query_ids_, key_ids_;
   ContrastiveGroups groups_;
-  std::unique_ptr<Scratch> similar_;
+  std::unique_ptr<Scratch> similar_, packed_queries_, packed_keys_;
 };
 
 }  // namespace livrec

@@ -5,7 +5,7 @@
 
 namespace livrec {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3 };
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4 };
 
 // The level in use: the best that both this build and this processor have, or a lower one set by
 // LIVREC_CPU_ISA or set_isa().
@@ -30,12 +30,16 @@ void set_isa(Isa isa);
   }                                              \
   namespace avx512_vnni {                        \
   result name parameters;                        \
+  }                                              \
+  namespace avx512_bf16 {                        \
+  result name parameters;                        \
   }
-#define LIVREC_CALL(name, ...)                                                                \
-  (livrec::current_isa() == livrec::Isa::avx512_vnni ? livrec::avx512_vnni::name(__VA_ARGS__) \
-   : livrec::current_isa() == livrec::Isa::avx512    ? livrec::avx512::name(__VA_ARGS__)      \
-   : livrec::current_isa() == livrec::Isa::avx2      ? livrec::avx2::name(__VA_ARGS__)        \
-                                                     : livrec::baseline::name(__VA_ARGS__))
+#define LIVREC_CALL(name, ...)                                                                  \
+  (livrec::current_isa() == livrec::Isa::avx512_bf16   ? livrec::avx512_bf16::name(__VA_ARGS__) \
+   : livrec::current_isa() == livrec::Isa::avx512_vnni ? livrec::avx512_vnni::name(__VA_ARGS__) \
+   : livrec::current_isa() == livrec::Isa::avx512      ? livrec::avx512::name(__VA_ARGS__)      \
+   : livrec::current_isa() == livrec::Isa::avx2        ? livrec::avx2::name(__VA_ARGS__)        \
+                                                       : livrec::baseline::name(__VA_ARGS__))
 #else
 #define LIVREC_DECLARE(result, name, parameters) \
   namespace baseline {                           \

@@ -13,9 +13,9 @@
 namespace livrec {
 namespace {
 
-const char* const kNames[] = {"baseline", "avx2", "avx512", "avx512_vnni"};
+const char* const kNames[] = {"baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 #if defined(__x86_64__)
-constexpr int kBuilt = 4;
+constexpr int kBuilt = 5;
 #else
 constexpr int kBuilt = 1;
 #endif
@@ -45,7 +45,9 @@ Isa best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512vnni") ? Isa::avx512_vnni : Isa::avx512;
+    return !__builtin_cpu_supports("avx512vnni")   ? Isa::avx512
+           : !__builtin_cpu_supports("avx512bf16") ? Isa::avx512_vnni
+                                                   : Isa::avx512_bf16;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return Isa::avx2;

@@ -21,8 +21,13 @@ struct Left {
   LIVREC_INLINE Left from(int64_t m) const { return {data + m * row, row, step}; }
 };
 
+// A term of a product of matrices of floats: a number of the left, a vector of the right.
+struct OfFloats {
+  static LIVREC_INLINE Floats add(Floats sum, float a, Floats b) { return sum + a * b; }
+};
+
 // c [M, V vectors] (+)= a [M, depth] b [depth, V vectors], in M V kChains registers.
-template <int M, int V, int kChains = 1, bool kPast = false>
+template <int M, int V, int kChains = 1, bool kPast = false, typename Term = OfFloats>
 LIVREC_INLINE void product_block(Left a, const float* b, int64_t b_row, int64_t depth, float* c,
                                  int64_t c_row, bool add) {
   Floats sums[kChains][M][V];
@@ -38,14 +43,15 @@ LIVREC_INLINE void product_block(Left a, const float* b, int64_t b_row, int64_t 
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const float factor = a.data[m * a.row + (k + s) * a.step];
-        for (int v = 0; v < V; ++v) sums[s][m][v] += factor * row[v];
+        for (int v = 0; v < V; ++v) sums[s][m][v] = Term::add(sums[s][m][v], factor, row[v]);
       }
     }
   }
   for (; k < depth; ++k)
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < V; ++v)
-        sums[0][m][v] += a.data[m * a.row + k * a.step] * load(b + k * b_row + v * kLanes);
+        sums[0][m][v] = Term::add(sums[0][m][v], a.data[m * a.row + k * a.step],
+                                  load(b + k * b_row + v * kLanes));
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       Floats sum = sums[0][m][v];
@@ -58,7 +64,7 @@ LIVREC_INLINE void product_block(Left a, const float* b, int64_t b_row, int64_t 
     }
 }
 
-template <int V, bool kShortChains, bool kPast>
+template <int V, bool kShortChains, bool kPast, typename Term>
 inline void product_columns(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth,
                             float* c, int64_t c_row, bool add) {
   constexpr int kMost = V == 1 ? 8 : kWide == 4 ? 6 : 4;
@@ -66,27 +72,29 @@ inline void product_columns(Left a, int64_t rows, const float* b, int64_t b_row,
   constexpr int kTall = kShortChains ? kMost / 2 : kMost;
   int64_t m = 0;
   for (; m + kTall <= rows; m += kTall)
-    product_block<kTall, V, kShortChains ? kChains : 1, kPast>(a.from(m), b, b_row, depth,
-                                                               c + m * c_row, c_row, add);
-  for (; m + 2 <= rows; m += 2)
-    product_block<2, V, V == 1 || kShortChains ? kChains : 1, kPast>(a.from(m), b, b_row, depth,
+    product_block<kTall, V, kShortChains ? kChains : 1, kPast, Term>(a.from(m), b, b_row, depth,
                                                                      c + m * c_row, c_row, add);
+  for (; m + 2 <= rows; m += 2)
+    product_block<2, V, V == 1 || kShortChains ? kChains : 1, kPast, Term>(
+        a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
   for (; m < rows; ++m)
-    product_block<1, V, kChains, kPast>(a.from(m), b, b_row, depth, c + m * c_row, c_row, add);
+    product_block<1, V, kChains, kPast, Term>(a.from(m), b, b_row, depth, c + m * c_row, c_row,
+                                              add);
 }
 
 // c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns is a multiple of kLanes. With
 // short chains a number is the sum of two or more, each over a part of the depth: they round less,
 // and b had better lie in the nearest cache. Past caches, c is written for good, whatever it was:
 // its rows must be streamable, and end_stream() must follow.
-template <bool kShortChains = false, bool kPast = false>
+template <bool kShortChains = false, bool kPast = false, typename Term = OfFloats>
 inline void multiply(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
                      int64_t c_row, int64_t columns, bool add) {
   int64_t n = 0;
   for (; n + kWide * kLanes <= columns; n += kWide * kLanes)
-    product_columns<kWide, kShortChains, kPast>(a, rows, b + n, b_row, depth, c + n, c_row, add);
+    product_columns<kWide, kShortChains, kPast, Term>(a, rows, b + n, b_row, depth, c + n, c_row,
+                                                      add);
   for (; n < columns; n += kLanes)
-    product_columns<1, kShortChains, kPast>(a, rows, b + n, b_row, depth, c + n, c_row, add);
+    product_columns<1, kShortChains, kPast, Term>(a, rows, b + n, b_row, depth, c + n, c_row, add);
 }
 
 // Lanes of two vectors, picked by place: those of the second come after those of the first.

@@ -185,7 +185,7 @@ def test_installed_wheel_is_used_and_compiled(installed):
     package, kernel, missing, isa = printed.split()
     assert Path(package) == installed.site / "livrec_fast" / "__init__.py"
     assert Path(kernel) == installed.site / "livrec_fast" / "kernels" / "residual_kmeans.py"
-    assert missing == "None" and isa in ("baseline", "avx2", "avx512", "avx512_vnni")
+    assert missing == "None" and isa in ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 
 
 def test_installed_commands_answer(installed):

@@ -135,8 +135,9 @@ def in_batch_contrastive(
         weights: [B] float32 (or float64), not negative.
         valid: bool [B]; False takes row i and key i out, whatever they hold, NaN included.
         extra_keys: [E, D], query's dtype: more negatives for every row, such as a memory queue.
-        precision: "bf16" rounds unit vectors (or those given) to bfloat16, and what is multiplied
-            with them in the gradient; sums stay in float32. float64 stays as it is.
+        precision: "bf16" rounds unit vectors (or those given) to bfloat16, and in the C++ kernel at
+            the level avx512_bf16 what the gradient multiplies them with; sums stay in float32.
+            bfloat16 inputs take the same path, float64 stays as it is.
         reduction: "mean" is sum(w_i loss_i) / sum(w_i) over valid rows, or 0 where sum(w_i) is 0;
             "sum" is sum(w_i loss_i); "none" is w_i loss_i, [B].
         backend: "auto", "native" or "reference".
@@ -159,10 +160,11 @@ def in_batch_contrastive(
     query, key and extra_keys; temperature and log_q stay.
 
     Workspace: of the C++ kernel 4 D' (2 B + E) bytes, with D' = D rounded up to an odd multiple of
-    16, as much again in the gradient, a bit per pair that is compared where they are at most 2^28
-    (false negatives are found anew in both passes where they are more), and per thread about
-    1,024 D + 110,000 bytes. Of the reference: about six float32 matrices and five boolean ones of
-    B x (B + E), and as much again in the gradient. Threads: one for every 256 keys, at most 32.
+    16, as much again in the gradient, and where it multiplies bfloat16; a bit per pair compared
+    where these are at most 2^28 (false negatives are found anew in both passes where they are
+    more); and per thread about 1,024 D + 110,000 bytes. Of the reference: about six float32
+    matrices and five boolean ones of B x (B + E), and as much again in the gradient. Threads: one
+    for every 256 keys, at most 32.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or choice, or a
