@@ -82,7 +82,11 @@ class ContrastiveCall {
   std::vector<double> positives;  // <q_i, k_i>
   Contrastive call{};
 
-  explicit ContrastiveCall(const ContrastiveArguments& given)
+  // shared: a call of the same queries, compared alike, whose queries this one uses; it must
+  // outlive it. query_valid: rows whose queries are read, if not those that are valid.
+  explicit ContrastiveCall(const ContrastiveArguments& given,
+                           const ContrastiveCall* shared = nullptr,
+                           const bool* query_valid = nullptr)
       : query(torch::stable::contiguous(given.query)),
         key(torch::stable::contiguous(given.key)),
         type(table_type(query.scalar_type())),
@@ -98,9 +102,10 @@ class ContrastiveCall {
         stride(LIVREC_CALL(contrastive_stride, dim)),
         chunks(std::clamp<int64_t>((columns + kChunk - 1) / kChunk, 1, kMostChunks)),
         temperature(number_at(given.temperature, 0)),
-        units((batch + columns) * stride * 4),
+        units(((shared ? 0 : batch) + columns) * stride * 4),
         norms(static_cast<size_t>(batch + columns)),
-        positives(static_cast<size_t>(batch)) {
+        positives(static_cast<size_t>(batch)),
+        shared_(shared) {
     check(given);
     if (given.extra_keys) extra_keys = torch::stable::contiguous(*given.extra_keys);
     if (given.valid) valid = torch::stable::contiguous(*given.valid);
@@ -116,12 +121,16 @@ class ContrastiveCall {
     call.valid = valid ? valid->const_data_ptr<bool>() : nullptr;
     fill_biases();
     number_ids(given);
+    query_valid_ = query_valid ? query_valid : call.valid;
     make_units();
     if (rounds && LIVREC_CALL(contrastive_packs)) pack_units();
     if (given.threshold) make_similar(given);
   }
 
-  float* units_of(int64_t row) const { return static_cast<float*>(units.data()) + row * stride; }
+  float* units_of(int64_t row) const {
+    if (shared_ && row < batch) return shared_->units_of(row);
+    return static_cast<float*>(units.data()) + (shared_ ? row - batch : row) * stride;
+  }
   bool counts(int64_t row) const { return call.valid == nullptr || call.valid[row]; }
   double log_q_of(int64_t column) const {
     return log_q && column < log_q->size(0) && (column >= batch || counts(column))
@@ -281,16 +290,18 @@ class ContrastiveCall {
   }
 
   void make_units() {
-    const auto make = [&](const Tensor& x, int64_t first, bool masked) {
+    const auto make = [&](const Tensor& x, int64_t first, const bool* of_valid) {
       each_rows(x.size(0), [&](int64_t begin, int64_t end) {
-        widen(x, begin, end, normalize, rounds ? TableType::bf16 : type,
-              masked ? call.valid : nullptr, units_of(first + begin), stride,
-              norms.data() + first + begin);
+        widen(x, begin, end, normalize, rounds ? TableType::bf16 : type, of_valid,
+              units_of(first + begin), stride, norms.data() + first + begin);
       });
     };
-    make(query, 0, true);
-    make(key, batch, true);
-    if (extra_keys) make(*extra_keys, 2 * batch, false);
+    if (shared_)
+      std::copy_n(shared_->norms.begin(), batch, norms.begin());
+    else
+      make(query, 0, query_valid_);
+    make(key, batch, call.valid);
+    if (extra_keys) make(*extra_keys, 2 * batch, nullptr);
     each_rows(batch, [&](int64_t begin, int64_t end) {
       LIVREC_CALL(contrastive_products, units_of(begin), units_of(batch + begin), end - begin, dim,
                   stride, positives.data() + begin);
@@ -321,7 +332,10 @@ class ContrastiveCall {
       });
       side.words = out, side.paired = out + words;
     };
-    pack(call.queries, packed_queries_);
+    if (shared_)
+      call.queries = shared_->call.queries;
+    else
+      pack(call.queries, packed_queries_);
     pack(call.keys, packed_keys_);
   }
 
@@ -330,6 +344,14 @@ class ContrastiveCall {
     const Tensor vectors =
         given.pair_vectors ? torch::stable::contiguous(*given.pair_vectors) : query;
     const int64_t count = vectors.size(0);
+    if (shared_) {
+      call.threshold = shared_->call.threshold, call.words = shared_->call.words;
+      call.similar = shared_->call.similar, call.finds_similar = shared_->call.finds_similar;
+      call.similar_dim = shared_->call.similar_dim;
+      call.similar_stride = shared_->call.similar_stride;
+      call.pairs = shared_->call.pairs;
+      return;
+    }
     call.threshold = static_cast<float>(*given.threshold);
     call.similar = {units_of(0), count, nullptr, nullptr}, call.finds_similar = true;
     call.words = (count + kPairsPerWord - 1) / kPairsPerWord;
@@ -345,7 +367,7 @@ class ContrastiveCall {
               out + (first + begin) * apart, apart, nullptr);
       });
     };
-    make(0, batch, call.valid);
+    make(0, batch, query_valid_);
     make(batch, count, nullptr);
     call.similar.units = out;
   }
@@ -353,6 +375,8 @@ class ContrastiveCall {
   std::vector<float> row_bias_, column_bias_;
   std::vector<int32_t> query_ids_, key_ids_;
   ContrastiveGroups groups_;
+  const ContrastiveCall* shared_;
+  const bool* query_valid_ = nullptr;
   std::unique_ptr<Scratch> similar_, packed_queries_, packed_keys_;
 };
 

@@ -7,6 +7,7 @@ from ._dispatch import BackendError, explain
 from .ops.code_attention import code_attention
 from .ops.code_attention_gradient import code_attention_gradient
 from .ops.contrastive import in_batch_contrastive
+from .ops.contrastive_multi import in_batch_contrastive_multi
 from .ops.din_attention import din_attention
 from .ops.history_search import history_search, history_search_codes
 from .ops.kmeans_step import KMeansStep, kmeans_quanta, kmeans_step
@@ -72,6 +73,7 @@ __all__ = [
     "history_search",
     "history_search_codes",
     "in_batch_contrastive",
+    "in_batch_contrastive_multi",
     "kmeans_quanta",
     "kmeans_step",
     "majority_vote",

@@ -32,8 +32,11 @@ API = {
 }
 PACKAGE = ROOT / "livrec_fast"
 SECTIONS = ("Args:", "Returns:", "Raises:", "Source:", "Example:")
-# stems that another's C++ kernels serve: the same attention, with one tensor for keys and values
-KERNELS_OF = {"target_attention_features": "target_attention"}
+# stems that another's C++ kernels serve: one tensor for keys and values, or several terms
+KERNELS_OF = {
+    "target_attention_features": "target_attention",
+    "contrastive_multi": "contrastive",
+}
 
 
 def test_the_public_names():
