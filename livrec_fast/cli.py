@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": "livrec_fast.testing",
     "bench": "livrec_fast.bench",
     "codes": "livrec_fast.codes",
+    "run": "livrec_fast.systems.run",
 }
 
 

@@ -42,10 +42,24 @@ def _cast_nearest(self: Any, src: Any, dst_type: Any) -> Any:
 
 
 def _dot_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    """Multiply bfloat16 as float32; Triton's own interpreter multiplies their bits."""
+    """Multiply bfloat16 as float32; Triton's own interpreter multiplies their bits.
+
+    And float32 in float64: a tensor core's sums are the same whichever factor is on the left, and
+    those of NumPy's are not.
+    """
     if a.dtype.scalar == tl.bfloat16:
         a, b = (_cast_nearest(self, value, tl.float32) for value in (a, b))
+    if a.dtype.scalar == tl.float32:
+        total = rest[0]
+        exact = a.data.astype(np.float64) @ b.data.astype(np.float64) + total.data
+        return interpreter.TensorHandle(exact.astype(total.data.dtype), total.dtype.scalar)
     return _dot(self, a, b, *rest)
+
+
+def _fma_rounded_once(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """Multiply and add in float64; Triton's own interpreter rounds a float32 product, too."""
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(exact.astype(x.data.dtype), x.dtype.scalar)
 
 
 def _reduce_quickly(self: Any, values: Any) -> Any:
@@ -60,4 +74,5 @@ def _reduce_quickly(self: Any, values: Any) -> Any:
 interpreter._patch_lang_tensor = _with_index
 _Builder.cast_impl = _cast_nearest
 _Builder.create_dot = _dot_widened
+_Builder.create_fma = _fma_rounded_once
 interpreter.ReduceOps.apply_impl = _reduce_quickly

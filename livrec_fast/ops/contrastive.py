@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_one_dtype, check_same, check_tensor
-from .._dispatch import Backend, Op, refuse_wide
+from .._dispatch import Backend, Op, refuse_triton, refuse_wide
 from ..reference import contrastive as reference
 from ..reference._formula import wide_dtype
 from . import _contrastive as checks
@@ -61,6 +64,38 @@ def _fake(
     )
 
 
+def _refuse_tiles(query: Tensor, *rest: Any) -> str | None:
+    given = _named((query, *rest))
+    if query.dtype == torch.float64:
+        return "computes in float32; queries are float64"
+    if given["log_q_rule"] != "standard":
+        return f"knows the standard rule of log_q only, not {given['log_q_rule']!r}"
+    return refuse_triton(query)
+
+
+def _named(args: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in _op.schema.arguments), args, strict=True))
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import contrastive
+
+    return contrastive.in_batch_contrastive(**_named(args))
+
+
+def _triton_backward(
+    grads: Sequence[Tensor | None], *args: Any, outputs: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    from ..kernels import contrastive_gradient as kernels
+
+    given = _named(args)
+    tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
+    wanted = [name for name, need in zip(tensors, needs, strict=True) if need]
+    _, lse, pairs = outputs
+    found = kernels.in_batch_contrastive_gradient(grads[0], lse, pairs, wanted=wanted, **given)
+    return [found[name] for name in wanted]
+
+
 _op = Op(
     "in_batch_contrastive",
     "(Tensor query, Tensor key, Tensor temperature, bool normalize, bool symmetric, "
@@ -70,7 +105,10 @@ _op = Op(
     fake=_fake,
     reference=reference.in_batch_contrastive,
     check_values=_check_values,
-    backends=(Backend("native", refuse_wide, backward=None),),
+    backends=(
+        Backend("native", refuse_wide, backward=None),
+        Backend("triton", _refuse_tiles, _triton, _triton_backward),
+    ),
     autocast=("query", "key", "pair_vectors", "extra_keys"),
 )
 
@@ -140,7 +178,7 @@ def in_batch_contrastive(
             bfloat16 inputs take the same path, float64 stays as it is.
         reduction: "mean" is sum(w_i loss_i) / sum(w_i) over valid rows, or 0 where sum(w_i) is 0;
             "sum" is sum(w_i loss_i); "none" is w_i loss_i, [B].
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         0-d, or [B] for "none"; float64 for float64 inputs, else float32.
@@ -164,7 +202,9 @@ def in_batch_contrastive(
     where these are at most 2^28 (false negatives are found anew in both passes where they are
     more); and per thread about 1,024 D + 110,000 bytes. Of the reference: about six float32
     matrices and five boolean ones of B x (B + E), and as much again in the gradient. Threads: one
-    for every 256 keys, at most 32.
+    for every 256 keys, at most 32. The Triton kernels hold the units of both sides, too, partial
+    sums of at most 16 parts, and bits of pairs as above or at most 32 MiB of them; they know the
+    standard rule of log_q only, and round weights to 16 bits where units are.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or choice, or a

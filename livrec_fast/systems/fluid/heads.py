@@ -1,0 +1,38 @@
+"""Heads for several tasks, and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbone import PerToken
+from .config import ModelConfig
+
+
+class TaskHeads(nn.Module):
+    """One tower per task over a layer that all share, which sees all tokens side by side."""
+
+    def __init__(self, slots: Sequence[str], tasks: int, config: ModelConfig):
+        super().__init__()
+        width = 2 * config.width
+        self.join = PerToken(slots, config.width, width, fan=config.width * len(slots))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.towers = nn.Linear(width, tasks * config.tower)
+        self.last = nn.Parameter(torch.randn(tasks, config.tower) * config.tower**-0.5)
+        self.prior = nn.Parameter(torch.full((tasks,), -2.0))  # positives are few
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [R, K] of tokens [R, T, D]."""
+        joined = x.flatten(1) @ self.join.stacked().flatten(0, 1)
+        towers = F.gelu(self.towers(F.gelu(joined + self.bias))).unflatten(1, self.last.shape)
+        return (towers * self.last).sum(2) + self.prior
+
+
+def task_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over tasks of the mean cross-entropy where a label is known; all [..., K]."""
+    known = mask.flatten(0, -2).to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").flatten(0, -2)
+    return ((losses * known).sum(0) / known.sum(0).clamp(min=1)).sum()

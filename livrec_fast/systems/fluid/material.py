@@ -1,0 +1,148 @@
+"""From a log to batches: requests, codes, and which requests belong to which period."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...logs.batches import GAPS, Batch, Feed
+from ...logs.log import VIDEO, Array, LiveLog
+from ...logs.requests import Requests, split
+from .codes import CodeBook, make_codes
+from .config import Sizes
+from .recipes import TEST
+
+if TYPE_CHECKING:
+    from .training import Settings
+
+WORLD = "world"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where logs come from.
+
+    data: "world", a synthetic one for each seed, or a folder. sizes: of the world, by name.
+    candidates: of a request. share: of the requests to train on. most: requests at
+    most, those around the split; None, all. rule: of the rooms' votes.
+    """
+
+    data: str = WORLD
+    sizes: tuple[tuple[str, float], ...] = ()
+    candidates: int = 8
+    share: float = 0.8
+    most: int | None = None
+    rule: str = "per_level"
+
+    def log(self, seed: int) -> LiveLog:
+        """Make the world of a seed, or read the folder."""
+        if self.data == WORLD:
+            from ...data import world
+
+            sizes: dict[str, Any] = dict(self.sizes)
+            return world.make(seed, **sizes).log
+        return read_folder(Path(self.data))
+
+
+def read_folder(folder: Path) -> LiveLog:
+    """Read a log in whichever format it is of that there is a reader for."""
+    from ...data import comment_streams, kuailive, live_log
+
+    if not folder.is_dir():
+        raise ValueError(f"data: there is no folder {folder}")
+    for reader in (kuailive, comment_streams):
+        if reader.recognises(folder):
+            return reader.read(folder)
+    return live_log.read(folder)
+
+
+class Material:
+    """The batches of each period, in the order of time, and all that is known beside them."""
+
+    def __init__(self, source: Source, settings: Settings, seed: int):
+        """Make requests and codes; the seed draws the negatives and starts the codebooks."""
+        self.log, self.train = source.log(seed), settings.train
+        parts = split(self.log, source.share, candidates=source.candidates, seed=seed)
+        asked, first = _latest(*parts, source)
+        if first < 5 or first == len(asked):
+            raise ValueError(
+                f"data: {first} requests to train on and {len(asked) - first} to test on are too "
+                "few"
+            )
+        self.codes: CodeBook = make_codes(
+            self.log, int(asked.ts[first]), settings.model.levels, rule=source.rule, seed=seed
+        )
+        self.asked, self.test = asked, asked.rows(slice(first, None))
+        shares = np.cumsum((0, *self.train.periods))
+        self._bounds = [*np.rint(shares * first).astype(int).tolist(), len(asked)]
+        self._feed = Feed(
+            asked, self.log, self.codes, self.train.requests, length=self.train.length,
+            shuffle=False,
+        )  # fmt: skip
+        dims = asked.dense.shape[2], asked.labels.shape[2], GAPS
+        self.sizes = Sizes(self.log.users, self.log.rooms, self.log.authors, *dims)
+        dense = torch.from_numpy(asked.dense[:first]).flatten(0, 1)
+        self.mean, self.deviation = dense.mean(0), dense.std(0).clamp(min=1e-3)
+        self.key = self._digest()
+
+    def steps(self, period: int) -> int:
+        """Return how many batches a period has."""
+        first, last = self._bounds[period : period + 2]
+        return -(-(last - first) // self.train.requests)
+
+    def batch(self, period: int, step: int) -> Batch:
+        """Return one of them."""
+        first, last = self._bounds[period : period + 2]
+        first += step * self.train.requests
+        return self._feed.batch(np.arange(first, min(first + self.train.requests, last)))
+
+    def tested(self) -> tuple[Array, Array, Array, Array]:
+        """Return labels, mask, users and new rooms of the test period."""
+        return self.test.labels, self.test.mask, self.test.user, self.test.new_room
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the data are, in numbers; ratios are floats."""
+        log, quantizer = self.log, self.codes.quantizer
+        quality = quantizer.quality(log.slice_embedding.astype(np.float32))
+        return {
+            "users": log.users,
+            "rooms": int((log.room_domain != VIDEO).sum()),
+            "videos": int((log.room_domain == VIDEO).sum()),
+            "authors": log.authors,
+            "events": len(log.ts),
+            "slices": len(log.slice_room),
+            "training requests": self._bounds[TEST],
+            "test requests": len(self.test),
+            "new rooms among tested candidates": float(self.test.new_room.mean()),
+            "tested candidates without a slice": float((self.test.slice < 0).mean()),
+            "relative error of the codes": float(quality.relative_error[-1]),
+            "unique codes": float(quality.unique_rate),
+            "votes that no slice has": self.codes.unseen_votes(),
+        }
+
+    def _digest(self) -> str:
+        found, asked = hashlib.sha256(), self.asked
+        for array in (
+            self.codes.slice_codes, self.codes.room_codes, asked.user, asked.room, asked.ts,
+            asked.dense, asked.labels, asked.mask, asked.history_end, asked.slice,
+        ):  # fmt: skip
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
+
+
+def _latest(before: Requests, after: Requests, source: Source) -> tuple[Requests, int]:
+    """Return the requests as one, in order, as far as they are wanted, and how many come first."""
+    if source.most is not None and source.most < len(before) + len(after):
+        cut = round(source.share * source.most)
+        before = before.rows(slice(max(0, len(before) - cut), None))
+        after = after.rows(slice(0, source.most - cut))
+    joined = {
+        field.name: np.concatenate([getattr(before, field.name), getattr(after, field.name)])
+        for field in fields(Requests)
+    }
+    return Requests(**joined), len(before)

@@ -1,0 +1,201 @@
+"""Training through the stages of a row, with checkpoints that resume to the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from . import checkpoints
+from .config import ModelConfig, Sizes, TrainConfig
+from .optimizers import Optimizers
+from .ranker import Output, Ranker
+from .recipes import TEST, Row, Stage
+
+if TYPE_CHECKING:
+    from ...logs.batches import Batch
+
+OnStep = Callable[[int], None]
+
+
+class Material(Protocol):
+    """What training reads. `key` names the data: the same key, the same batches."""
+
+    key: str
+    sizes: Sizes
+    mean: Tensor
+    deviation: Tensor
+
+    def steps(self, period: int) -> int:
+        """Return how many batches a period has."""
+
+    def batch(self, period: int, step: int) -> Batch:
+        """Return one of them; they are in the order of time."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows of a table share."""
+
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class Trainer:
+    """A stage's model, its optimisers, and how far they have come.
+
+    All that a step does follows from the seed and the step's number, so that a run that was stopped
+    and resumed ends where another would have.
+    """
+
+    def __init__(self, model: Ranker, stage: Stage, train: TrainConfig, data: Material, seed: int):
+        self.model, self.stage, self.train, self.data = model, stage, train, data
+        self.optimizers, self.seed, self.done = Optimizers(model, train), seed, 0
+        self.trace: dict[str, list[Tensor]] = defaultdict(list)
+        self.plan = [(p, at) for p in stage.periods for at in range(data.steps(p))]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return model, optimisers and what was noted so far."""
+        kept = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        kept |= self.optimizers.state()
+        return kept | {f"trace.{name}": torch.cat(parts) for name, parts in self.trace.items()}
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of this stage."""
+        tensors, facts = checkpoints.read(path)
+        self.model.load_state_dict(checkpoints.part(tensors, "model."))
+        self.optimizers.load(tensors)
+        self.done = facts["done"]
+        for name, tensor in checkpoints.part(tensors, "trace.").items():
+            self.trace[name] = [tensor]
+
+    def follow(self, path: Path) -> list[str]:
+        """Start from the end of the stage before; return the names of what is new."""
+        tensors, _ = checkpoints.read(path)
+        fresh = self.model.take_over(checkpoints.part(tensors, "model."))
+        self.optimizers.load(tensors)
+        if self.stage.warm_room:
+            self.model.codes.warm_start_room()
+        return fresh
+
+    def run(self, checkpoint: Path, on_step: OnStep = lambda done: None) -> None:
+        """Train to the stage's end, with a checkpoint every so many steps."""
+        self.model.train()
+        while self.done < len(self.plan):
+            self.step(*self.plan[self.done])
+            self.done += 1
+            if self.done % self.train.save_every == 0 and self.done < len(self.plan):
+                checkpoints.write(checkpoint, self.state(), done=self.done)
+            on_step(1)
+
+    def step(self, period: int, at: int) -> None:
+        """Score a batch, if it is of the test period, and learn from it."""
+        batch = self.data.batch(period, at)
+        learns = period != TEST or self.train.stream
+        with torch.set_grad_enabled(learns):
+            output = self.model(batch, self._id_scale(at, batch))
+            loss = self.model.loss(output, batch)
+        if period == TEST:
+            self._note(output)
+        if learns:
+            self.optimizers.zero()
+            loss.backward()
+            self.optimizers.step()
+        self.trace["loss"].append(loss.detach()[None])
+
+    def _note(self, output: Output) -> None:
+        self.trace["logits"].append(output.logits.detach().clone())
+        for name in ("gate", "id_norm"):
+            value = getattr(output, name)
+            if value is not None:
+                self.trace[name].append(value.clone())
+
+    def _id_scale(self, at: int, batch: Batch) -> float | Tensor:
+        """Return what is left of the id at this step of the period."""
+        if not self.stage.fade:
+            return 1.0
+        steps = max(1, round(self.train.fade_share * self.data.steps(self.stage.periods[0])))
+        left = max(0.0, 1 - (at + 1) / steps)
+        if self.train.fade == "linear":
+            return left
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + at)
+        return (torch.rand(batch.author.shape, generator=generator) < left).float()
+
+
+def stage_key(data: Material, row: Row, depth: int, settings: Settings, seed: int) -> str:
+    """Name the first `depth` stages of a row: equal names, equal numbers."""
+    train = {k: v for k, v in asdict(settings.train).items() if k != "save_every"}
+    chain = [(asdict(s), asdict(row.config(settings.model, s))) for s in row.stages[:depth]]
+    for stage, _ in chain:
+        del stage["name"]
+    text = json.dumps([data.key, seed, train, chain], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def new_trainer(
+    data: Material, row: Row, depth: int, settings: Settings, seed: int, before: Path | None
+) -> Trainer:
+    """Make the trainer of a row's stage number `depth`, from 1 on, at its first step."""
+    stage = row.stages[depth - 1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1_000 * seed + depth)
+        model = Ranker(stage.fusion, row.config(settings.model, stage), data.sizes, settings.train)
+    model.dense.mean.copy_(data.mean)
+    model.dense.deviation.copy_(data.deviation)
+    trainer = Trainer(model, stage, settings.train, data, seed)
+    if before is not None:
+        trainer.follow(before)
+    return trainer
+
+
+def train_row(
+    data: Material,
+    row: Row,
+    settings: Settings,
+    seed: int,
+    folder: Path,
+    on_step: OnStep = lambda done: None,
+) -> Path:
+    """Train all stages of a row that are not yet done; return the file with what was noted.
+
+    Each stage has a file of its own, named by its key: the stages that rows share are trained once.
+    A stage that was cut short goes on from its last checkpoint.
+    """
+    before: Path | None = None
+    for depth in range(1, len(row.stages) + 1):
+        key = stage_key(data, row, depth, settings, seed)
+        paths = {kind: folder / f"{key}.{kind}.safetensors" for kind in ("part", "model", "trace")}
+        last = depth == len(row.stages)
+        if not (paths["trace"].exists() and (last or paths["model"].exists())):
+            trainer = new_trainer(data, row, depth, settings, seed, before)
+            if paths["part"].exists():
+                trainer.resume(paths["part"])
+                on_step(trainer.done)
+            trainer.run(paths["part"], on_step)
+            _finish(trainer, paths, keep=not last or row.kept, row=row.name, seed=seed)
+        else:
+            on_step(stage_steps(data, row.stages[depth - 1 : depth]))
+        before = paths["model"]
+    return paths["trace"]
+
+
+def _finish(trainer: Trainer, paths: dict[str, Path], keep: bool, **facts: int | str) -> None:
+    """Write the stage's model, if another will go on from it, and what was noted."""
+    state, stage = trainer.state(), trainer.stage.name
+    if keep:
+        whole = {name: t for name, t in state.items() if not name.startswith("trace.")}
+        checkpoints.write(paths["model"], whole, stage=stage, done=trainer.done, **facts)
+    checkpoints.write(paths["trace"], checkpoints.part(state, "trace."), stage=stage, **facts)
+    paths["part"].unlink(missing_ok=True)
+
+
+def stage_steps(data: Material, stages: Sequence[Stage]) -> int:
+    """Return how many steps stages have."""
+    return sum(data.steps(period) for stage in stages for period in stage.periods)
