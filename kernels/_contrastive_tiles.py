@@ -228,7 +228,7 @@ def tile_of(
 
 
 KINDS = {torch.float32: "*fp32:16", torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}
-_DIMS = {torch.float32: (64, 128, 768), torch.bfloat16: (64, 128, 256, 768), torch.float16: (128,)}
+_DIMS = {torch.float32: (128, 768), torch.bfloat16: (64, 256, 768), torch.float16: (128,)}
 
 
 def configs_of() -> Iterator[tuple[torch.dtype, int, bool, dict[str, str], dict[str, Any]]]:
@@ -242,5 +242,5 @@ def configs_of() -> Iterator[tuple[torch.dtype, int, bool, dict[str, str], dict[
     for dtype, kind in KINDS.items():
         own = types | dict.fromkeys(("own", "others"), kind)
         for dim, new in product(_DIMS[dtype], (False, True)):
-            for none in (plain, {"group_ids": None}, {}):
+            for none in (plain, {}):
                 yield dtype, stride_of(dim), new, own, {**none, **every}

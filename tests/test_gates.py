@@ -17,6 +17,8 @@ import gpu_gates as gates
 import pytest
 from torch.utils import cpp_extension
 
+from livrec_fast.testing.subjects import USED_BY
+
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
     reason="Triton is not installed, or TRITON_INTERPRET=1 has replaced its compiler",
@@ -118,3 +120,12 @@ def test_cpu_objects_use_their_own_instruction_set(cpu_objects):
             assert re.search(r"vpdpbusd.*%zmm", code), (op, level)
         if level == "avx512_bf16" and op.startswith("contrastive"):
             assert re.search(r"vdpbf16ps.*%zmm", code), (op, level)
+
+
+def test_levels_are_used_by_whom_the_contract_asks():
+    used = {"avx512_vnni": {"codebook"}, "avx512_bf16": {"contrastive"}}
+    assert USED_BY.keys() == used.keys()
+    for level, stems in used.items():
+        macro = f"__{level.replace('_', '').upper()}__"
+        files = [f for f in (gates.ROOT / "csrc").iterdir() if macro in f.read_text()]
+        assert {f.stem.split("_")[0] for f in files} == stems, level

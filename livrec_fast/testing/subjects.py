@@ -103,15 +103,30 @@ class Target:
                 yield
 
 
+# Ops with code for a level that only adds instructions: others are there as at the level below.
+USED_BY = {
+    "avx512_vnni": ("residual_kmeans", "kmeans_step"),
+    "avx512_bf16": ("in_batch_contrastive",),
+}
+
+
 def targets(subject: Subject) -> list[Target]:
     """Return every backend that has no reason against the typical inputs, on each device here."""
     found = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         inputs = inputs_for(subject.oracle, "typical", subject.oracle.dtypes[0], device=device)
         for name, reason in subject.op.reasons(*subject.arguments(inputs)).items():
-            levels = _native.isa_levels() if name == "native" else (None,)
+            levels = levels_of(subject.op.name) if name == "native" else [None]
             found += [Target(name, level, device) for level in levels if reason is None]
     return found
+
+
+def levels_of(op: str) -> list[str | None]:
+    """Return the instruction-set levels that differ for an op, and the one it runs at here."""
+    levels = _native.isa_levels()
+    return [
+        level for level in levels if level == levels[-1] or op.startswith(USED_BY.get(level, op))
+    ]
 
 
 def inputs_for(
