@@ -3,6 +3,8 @@
 namespace livrec {
 namespace {
 
+constexpr int64_t kAlone = 4 << 20;  // bytes that one thread writes before another wakes up
+
 Tensor prefix_ngram_lookup(const Tensor& codes_given, const std::vector<Tensor>& tables,
                            const std::vector<int64_t>& sizes, const std::string& mode,
                            const Optional& offsets_given, const std::optional<std::string>& pool,
@@ -42,8 +44,11 @@ Tensor prefix_ngram_lookup(const Tensor& codes_given, const std::vector<Tensor>&
   job.out = out.mutable_data_ptr();
   job.width = all.width;
   FirstBad first_bad;
+  const int64_t row_bytes =
+      std::max<int64_t>(1, all.width * static_cast<int64_t>(out.element_size()));
   torch::stable::parallel_for(
-      0, out_rows, offsets.data ? 16 : 1024, [&](int64_t begin, int64_t end) {
+      0, out_rows, offsets.data ? 16 : std::max<int64_t>(1024, kAlone / row_bytes),
+      [&](int64_t begin, int64_t end) {
         const Scratch scratch(LIVREC_CALL(prefix_ngram_scratch, job));
         first_bad.note(LIVREC_CALL(prefix_ngram_lookup, job, begin, end, scratch.data()));
       });
