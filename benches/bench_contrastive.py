@@ -34,10 +34,10 @@ def cases(options: Options) -> Iterator[Case]:
         if rows > 512:
             yield case(rows, options, training=True, threshold=THRESHOLD)
             yield case(rows, options, training=True, symmetric=True)
-    for rows in (16_384, 32_768, 65_536):
-        yield case(rows, options, training=True)
     for rows in (4_096, 8_192):
         yield case(rows, options, training=True, dtype=torch.bfloat16)
+    for rows in (16_384, 32_768, 65_536):
+        yield case(rows, options, training=True)
 
 
 def case(
