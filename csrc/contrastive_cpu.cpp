@@ -172,13 +172,12 @@ void contrastive_pairs(const Contrastive& call, int64_t above, int64_t block, ui
   uint64_t found[kPairsBlock][kBlockWords] = {}, turned[kPairsBlock][kBlockWords] = {};
   for (int64_t at = 0; at < columns; at += kPanel) {
     turn_panel(call.similar, dim, stride, column + at, space.similar_panels);
-    const uint64_t held = ~uint64_t{0} >> (kPanel - least(kPanel, columns - at));
     for (int64_t r = 0; r < rows; r += kPanel) {
       const int64_t count = least(kPanel, rows - r);
       tile_products(call.similar.units + (first + r) * stride, count, stride, space.similar_panels,
                     kPanel, dim, space.s);
       for (int64_t i = 0; i < count; ++i) {
-        uint64_t bits = bits_above(space.s + i * kTileStride, call.threshold) & held;
+        uint64_t bits = bits_above(space.s + i * kTileStride, call.threshold, columns - at);
         found[r + i][at / kPanel] = bits;
         for (; bits != 0; bits &= bits - 1)
           turned[at + __builtin_ctzll(bits)][r / kPanel] |= uint64_t{1} << i;

@@ -14,10 +14,10 @@ class Terms {
       : keys_(torch::stable::contiguous(keys)) {
     const int64_t count = keys.size(0), batch = anchor.size(0);
     STD_TORCH_CHECK(
-        keys.dim() == 3 && temperatures.dim() == 1 && temperatures.size(0) == count &&
+        keys.dim() == 3 && count > 0 && temperatures.dim() == 1 && temperatures.size(0) == count &&
             (!key_ids || (key_ids->dim() == 2 && key_ids->size(0) == count)) &&
             (!valid || (valid->dim() == 2 && valid->size(0) == count && valid->size(1) == batch)),
-        "keys: must be [T, B, D], and temperatures, key_ids and valid of T terms");
+        "keys: must be [T, B, D], T at least 1, and temperatures, key_ids and valid of T terms");
     if (valid) any_of(torch::stable::contiguous(*valid), count, batch);
     const Optional none;
     const std::string standard = "standard";

@@ -63,12 +63,12 @@ inline void tile_pair_products(const float* rows, int64_t count, int64_t stride,
 
 LIVREC_INLINE int64_t words_of(int64_t dim) { return (dim + 1) / 2; }
 
-// One bit for each product of a panel above the threshold.
-LIVREC_INLINE uint64_t bits_above(const float* s, float threshold) {
+// One bit for each product above the threshold, of the first `count` of a panel.
+LIVREC_INLINE uint64_t bits_above(const float* s, float threshold, int64_t count) {
   uint64_t bits = 0;
   for (int64_t v = 0; v < kPanel; v += kLanes)
     bits |= static_cast<uint64_t>(bits_of_lanes<kLanes>(load(s + v) > threshold)) << v;
-  return bits;
+  return bits & (~uint64_t{0} >> (kPanel - least(kPanel, count)));
 }
 
 constexpr int64_t kTileWords = kTileColumns / kPanel;
@@ -162,7 +162,8 @@ inline void fill_tile(const Contrastive& call, const TileSpace& space, int64_t c
     if (call.pairs != nullptr) words = call.pairs + (row + i) * call.words + column / kPanel;
     if (similar > 0) {
       for (int64_t p = 0; p * kPanel < similar; ++p)
-        found[p] = bits_above(space.similar + i * kTileStride + p * kPanel, call.threshold);
+        found[p] = bits_above(space.similar + i * kTileStride + p * kPanel, call.threshold,
+                              similar - p * kPanel);
       words = found;
     }
     float* s = space.s + i * kTileStride;

@@ -101,7 +101,7 @@ class ContrastiveCall {
         dim(query.size(1)),
         stride(LIVREC_CALL(contrastive_stride, dim)),
         chunks(std::clamp<int64_t>((columns + kChunk - 1) / kChunk, 1, kMostChunks)),
-        temperature(number_at(given.temperature, 0)),
+        temperature(given.temperature.numel() == 1 ? number_at(given.temperature, 0) : NAN),
         units(((shared ? 0 : batch) + columns) * stride * 4),
         norms(static_cast<size_t>(batch + columns)),
         positives(static_cast<size_t>(batch)),
@@ -217,7 +217,7 @@ class ContrastiveCall {
  private:
   void check(const ContrastiveArguments& given) const {
     STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature),
-                    "temperature: must be positive and finite");
+                    "temperature: must be one number, positive and finite");
     STD_TORCH_CHECK(query.dim() == 2 && key.dim() == 2 && key.size(0) == batch &&
                         key.size(1) == dim && key.scalar_type() == query.scalar_type() &&
                         (!given.extra_keys ||

@@ -114,7 +114,7 @@ class Pairs:
         """Take vectors [B, P] or [B + E, P]; kept: int64 [B, words], or None."""
         self.vectors, self.threshold, self.kept = vectors, threshold, kept
         self.norms = None
-        if vectors is not None and kept is None:
+        if threshold is not None and kept is None:
             self.norms = norms_of(vectors)
 
     def strips(self, rows: int) -> Iterator[tuple[int, int, Tensor | None]]:

@@ -227,6 +227,10 @@ def tile_of(
     return tile, {"num_warps": warps, "num_stages": stages}
 
 
+# Arguments whose values do not make another kernel.
+SIZES = ["strip", "rows", "words", "own_count", "others_count", "splits"]
+SIZES += ["query_count", "key_count", "group_count"]
+
 KINDS = {torch.float32: "*fp32:16", torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}
 _DIMS = {torch.float32: (128, 768), torch.bfloat16: (64, 256, 768), torch.float16: (128,)}
 

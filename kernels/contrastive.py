@@ -25,6 +25,7 @@ from ._contrastive_call import Call
 from ._contrastive_pairs import Pairs, find_pairs, words_of
 from ._contrastive_tiles import (
     LN_2,
+    SIZES,
     Side,
     Tile,
     configs_of,
@@ -41,11 +42,8 @@ from ._contrastive_tiles import (
 )
 from ._contrastive_units import SMALL, SMALL_OPTIONS, norms_of, small
 
-_SIZES = ["strip", "rows", "words", "own_count", "others_count", "splits"]
-_SIZES += ["query_count", "key_count", "group_count"]
 
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _sum_terms(
     own, others, other_bias, temperature, peaks, sums, pulls, rivals, query_ids, key_ids, group_ids,
     pairs, strip, rows, words, query_count, key_count, group_count, own_count, others_count, splits,

@@ -23,6 +23,7 @@ from ._contrastive_call import Call
 from ._contrastive_pairs import Pairs
 from ._contrastive_slopes import Direction, directions
 from ._contrastive_tiles import (
+    SIZES,
     Side,
     Tile,
     configs_of,
@@ -37,11 +38,8 @@ from ._contrastive_tiles import (
 )
 from ._contrastive_units import differentiate
 
-_SIZES = ["strip", "rows", "words", "own_count", "others_count", "splits"]
-_SIZES += ["query_count", "key_count", "group_count"]
 
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _sweep(
     own, others, own_bias, other_bias, own_shift, own_factor, own_portion, other_shift,
     other_factor, other_portion, temperature, parts, slopes, query_ids, key_ids, group_ids, pairs,

@@ -106,6 +106,7 @@ def test_threads_change_no_bit(symmetric):
             found.append(results(SUBJECT, "native", inputs).named())
     finally:
         torch.set_num_threads(before)
+    assert all(tensor.any() for tensor in found[0].values() if tensor.numel())
     for other in found[1:]:
         for name, tensor in found[0].items():
             assert torch.equal(tensor, other[name]), name

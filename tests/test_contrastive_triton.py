@@ -80,6 +80,7 @@ def what_invalid_rows_hold_does_not_matter():
         inputs[name] = inputs[name].clone()
         inputs[name][1:37:3] = torch.nan
     spoilt = results(SUBJECT, "triton", inputs)
+    assert all(tensor.any() for tensor in clean.named().values())
     for name, tensor in clean.named().items():
         assert torch.equal(tensor, spoilt.named()[name]), name
 
@@ -135,6 +136,7 @@ def repeats_and_strides_change_no_bit():
     inputs = _draw(D=16)
     check_repeat(SUBJECT, "triton", inputs, 2)
     plain = results(SUBJECT, "triton", inputs).named()
+    assert all(tensor.any() for tensor in plain.values())
     for name in ("query", "key", "extra_keys"):
         inputs[name] = inputs[name].T.contiguous().T
     inputs["log_q"] = torch.stack([inputs["log_q"]] * 2, 1)[:, 0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..modules.in_batch_contrastive import InBatchContrastive
+from ..ops._contrastive import as_tensor
 
 
 class _AtTemperature(InBatchContrastive):
@@ -37,9 +37,9 @@ def over_all_ranks(
 
     That mean is what DistributedDataParallel takes. Without ranks: `in_batch_contrastive`.
     """
-    if not isinstance(temperature, Tensor):
-        temperature = torch.tensor(temperature, device=query.device)
-    return _AtTemperature(temperature, **settings)(query, key, extra_keys=extra_keys)
+    return _AtTemperature(as_tensor(temperature, query), **settings)(
+        query, key, extra_keys=extra_keys
+    )
 
 
 def check_world_size(wanted: int) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import FLOATS, check_choice, check_one_dtype, check_same, check_tensor
+from ..ops import _contrastive as checks
 from ..ops.contrastive import in_batch_contrastive
 from . import _contrastive_ranks as over_ranks
 from ._contrastive_ranks import Group
 from ._key_rows import KeyRows, arguments, divide, joined
 from .cross_batch_queue import CrossBatchQueue
 
-_WIDE = (torch.float32, torch.float64)
 _ENDLESS = (-math.inf, math.inf)
 
 
@@ -106,9 +106,11 @@ class InBatchContrastive(nn.Module):
         """
         super().__init__()
         self._range = _check_temperature(temperature, temperature_range)
-        check_choice("log_q_rule", log_q_rule, ("standard", "unsampled_positive"))
-        check_choice("precision", precision, (None, "bf16"))
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        checks.check_flags(learnable=learnable, normalize=normalize, symmetric=symmetric)
+        checks.check_threshold(false_negative_threshold)
+        check_choice("log_q_rule", log_q_rule, checks.RULES)
+        check_choice("precision", precision, checks.PRECISIONS)
+        check_choice("reduction", reduction, checks.REDUCTIONS)
         check_choice("ranks", ranks, ("own", "gathered"))
         if queue is not None and not isinstance(queue, CrossBatchQueue):
             raise TypeError(f"queue: must be a CrossBatchQueue, got {type(queue).__name__}")
@@ -281,7 +283,7 @@ def _check(
     if extra_keys is not None:
         check_tensor("extra_keys", extra_keys, ("E", key.shape[1]), FLOATS)
     check_one_dtype(query=query, key=key, extra_keys=extra_keys)
-    for name, dtypes in (("weights", _WIDE), ("valid", (torch.bool,))):
+    for name, dtypes in (("weights", checks.WIDE), ("valid", (torch.bool,))):
         if rows[name] is not None:
             check_tensor(name, rows[name], (query.shape[0],), dtypes)
     given = {name: t for name, t in (known | rows).items() if isinstance(t, Tensor)}

@@ -200,11 +200,13 @@ def in_batch_contrastive(
     Workspace: of the C++ kernel 4 D' (2 B + E) bytes, with D' = D rounded up to an odd multiple of
     16, as much again in the gradient, and where it multiplies bfloat16; a bit per pair compared
     where these are at most 2^28 (false negatives are found anew in both passes where they are
-    more); and per thread about 1,024 D + 110,000 bytes. Of the reference: about six float32
-    matrices and five boolean ones of B x (B + E), and as much again in the gradient. Threads: one
-    for every 256 keys, at most 32. The Triton kernels hold the units of both sides, too, partial
-    sums of at most 16 parts, and bits of pairs as above or at most 32 MiB of them; they know the
-    standard rule of log_q only, and round weights to 16 bits where units are.
+    more); with a threshold 4 P' for each vector compared (P' as D'), unless these are the
+    normalised float32 queries themselves; and per thread about 512 (D + P) + 110,000 bytes. Of the
+    reference: about six float32 matrices and five boolean ones of B x (B + E), and as much again in
+    the gradient. Threads: one for every 256 keys, at most 32. The Triton kernels hold the units of
+    both sides, too, partial sums of at most 16 parts, and bits of pairs as above or at most 32 MiB
+    of them; they know the standard rule of log_q only, and round weights to 16 bits where units
+    are.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or choice, or a
