@@ -270,12 +270,14 @@ class Gradient {
   std::vector<std::vector<FieldSums>> groups_;
 };
 
-std::vector<Tensor> code_attention_gradient(
-    const Tensor& grad, const Optional& grad_lse, const Tensor& q, const Tensor& codes,
-    const std::vector<Tensor>& key_tables, const std::vector<Tensor>& value_tables,
-    const Tensor& offsets, const Optional& bias, double scale, const std::vector<int64_t>& levels,
-    const std::vector<int64_t>& groups, const std::string& hashing, bool packed, const Tensor& out,
-    const Tensor& lse) {
+std::vector<Tensor> code_attention_gradient(const Tensor& grad, const Optional& grad_lse,
+                                            const Tensor& q, const Tensor& codes,
+                                            const std::vector<Tensor>& key_tables,
+                                            const std::vector<Tensor>& value_tables,
+                                            const Tensor& offsets, const Optional& bias,
+                                            double scale, const std::vector<int64_t>& levels,
+                                            const std::vector<int64_t>& groups, const Text& hashing,
+                                            bool packed, const Tensor& out, const Tensor& lse) {
   const CodeCall call(q, codes, key_tables, value_tables, offsets, bias, scale, levels, groups,
                       hashing, packed);
   for (const Tensor* x : {&grad, &out})

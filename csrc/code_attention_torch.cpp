@@ -10,8 +10,8 @@ std::tuple<Tensor, Tensor> code_attention(const Tensor& q, const Tensor& codes,
                                           const std::vector<Tensor>& value_tables,
                                           const Tensor& offsets, const Optional& bias, double scale,
                                           const std::vector<int64_t>& levels,
-                                          const std::vector<int64_t>& groups,
-                                          const std::string& hashing, bool packed) {
+                                          const std::vector<int64_t>& groups, const Text& hashing,
+                                          bool packed) {
   const CodeCall call(q, codes, key_tables, value_tables, offsets, bias, scale, levels, groups,
                       hashing, packed);
   const int64_t columns = call.candidates * call.heads;

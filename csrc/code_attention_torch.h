@@ -32,7 +32,7 @@ struct CodeCall {
   CodeCall(const Tensor& q_given, const Tensor& codes_given, const std::vector<Tensor>& key_given,
            const std::vector<Tensor>& value_given, const Tensor& offsets_given,
            const Optional& bias_given, double scale_given, const std::vector<int64_t>& sizes,
-           const std::vector<int64_t>& groups, const std::string& hashing, bool packed) {
+           const std::vector<int64_t>& groups, const Text& hashing, bool packed) {
     STD_TORCH_CHECK(
         q_given.dim() == 4 && !key_given.empty() && key_given.size() == value_given.size(),
         "q: must be [B, C, H, d], with a table of keys and one of values per field");

@@ -28,8 +28,8 @@ std::vector<Tensor> in_batch_contrastive_backward(
     const std::vector<Optional>& grads, const Tensor& query, const Tensor& key,
     const Tensor& temperature, bool normalize, bool symmetric, const Optional& query_ids,
     const Optional& key_ids, const Optional& group_ids, std::optional<double> threshold,
-    const Optional& pair_vectors, bool keep_pairs, const Optional& log_q, std::string log_q_rule,
-    const Optional& valid, const Optional& extra_keys, std::string precision,
+    const Optional& pair_vectors, bool keep_pairs, const Optional& log_q, Text log_q_rule,
+    const Optional& valid, const Optional& extra_keys, Text precision,
     const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   ContrastiveCall called({query, key, temperature, normalize, symmetric, query_ids, key_ids,
                           group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,

@@ -10,7 +10,7 @@ class Terms {
   Terms(const Tensor& anchor, const Tensor& keys, const Tensor& temperatures, bool normalize,
         bool symmetric, const Optional& query_ids, const Optional& key_ids,
         std::optional<double> threshold, bool keep_pairs, const Optional& valid,
-        const std::string& precision, const Optional& pairs)
+        const Text& precision, const Optional& pairs)
       : keys_(torch::stable::contiguous(keys)) {
     const int64_t count = keys.size(0), batch = anchor.size(0);
     STD_TORCH_CHECK(
@@ -20,7 +20,7 @@ class Terms {
         "keys: must be [T, B, D], T at least 1, and temperatures, key_ids and valid of T terms");
     if (valid) any_of(torch::stable::contiguous(*valid), count, batch);
     const Optional none;
-    const std::string standard = "standard";
+    const Text standard = "standard";
     for (int64_t t = 0; t < count; ++t) {
       Optional ids, rows;
       if (key_ids) ids = torch::stable::select(*key_ids, 0, t);
@@ -60,8 +60,7 @@ class Terms {
 std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive_multi(
     const Tensor& anchor, const Tensor& keys, const Tensor& temperatures, bool normalize,
     bool symmetric, const Optional& query_ids, const Optional& key_ids,
-    std::optional<double> threshold, bool keep_pairs, const Optional& valid,
-    std::string precision) {
+    std::optional<double> threshold, bool keep_pairs, const Optional& valid, Text precision) {
   const Terms terms(anchor, keys, temperatures, normalize, symmetric, query_ids, key_ids, threshold,
                     keep_pairs, valid, precision, Optional{});
   const int64_t count = keys.size(0), batch = anchor.size(0), sums = 1 + symmetric;
@@ -78,7 +77,7 @@ std::vector<Tensor> in_batch_contrastive_multi_backward(
     const std::vector<Optional>& grads, const Tensor& anchor, const Tensor& keys,
     const Tensor& temperatures, bool normalize, bool symmetric, const Optional& query_ids,
     const Optional& key_ids, std::optional<double> threshold, bool keep_pairs,
-    const Optional& valid, std::string precision, const std::vector<Tensor>& outputs,
+    const Optional& valid, Text precision, const std::vector<Tensor>& outputs,
     const std::vector<bool>& needs) {
   const int64_t count = keys.size(0), batch = anchor.size(0), sums = 1 + symmetric;
   STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3 &&

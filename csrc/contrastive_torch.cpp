@@ -7,8 +7,8 @@ std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive(
     const Tensor& query, const Tensor& key, const Tensor& temperature, bool normalize,
     bool symmetric, const Optional& query_ids, const Optional& key_ids, const Optional& group_ids,
     std::optional<double> threshold, const Optional& pair_vectors, bool keep_pairs,
-    const Optional& log_q, std::string log_q_rule, const Optional& valid,
-    const Optional& extra_keys, std::string precision) {
+    const Optional& log_q, Text log_q_rule, const Optional& valid, const Optional& extra_keys,
+    Text precision) {
   ContrastiveCall called({query, key, temperature, normalize, symmetric, query_ids, key_ids,
                           group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,
                           extra_keys, precision});

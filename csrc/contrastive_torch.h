@@ -23,9 +23,9 @@ struct ContrastiveArguments {
   const Optional& pair_vectors;
   bool keep_pairs;
   const Optional& log_q;
-  const std::string& log_q_rule;
+  const Text& log_q_rule;
   const Optional &valid, &extra_keys;
-  const std::string& precision;
+  const Text& precision;
 };
 
 inline double number_at(const Tensor& x, int64_t at) {

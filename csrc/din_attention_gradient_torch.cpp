@@ -265,7 +265,7 @@ std::vector<Tensor> din_attention_backward(
     const std::vector<Optional>& grads, const Tensor& q, const Tensor& k, const Optional& v,
     const Tensor& offsets, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
     const std::vector<Tensor>& slopes, const std::vector<Tensor>& gains,
-    const std::vector<Tensor>& shifts, const std::string& activation, bool softmax,
+    const std::vector<Tensor>& shifts, const Text& activation, bool softmax,
     const Optional& q_offsets, const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   STD_TORCH_CHECK(grads.size() == 1 && grads[0].has_value() && outputs.size() == 1,
                   "grads: must be that of the output");

@@ -9,7 +9,7 @@ constexpr int64_t kShares = 4;       // groups of tasks per thread
 Tensor din_attention(const Tensor& q, const Tensor& k, const Optional& v, const Tensor& offsets,
                      const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                      const std::vector<Tensor>& slopes, const std::vector<Tensor>& gains,
-                     const std::vector<Tensor>& shifts, const std::string& activation, bool softmax,
+                     const std::vector<Tensor>& shifts, const Text& activation, bool softmax,
                      const Optional& q_offsets) {
   const DinCall call(q, k, v, offsets, weights, biases, slopes, gains, shifts, activation, softmax,
                      q_offsets);

@@ -67,7 +67,7 @@ class DinCall {
           const Tensor& offsets_given, const std::vector<Tensor>& weights_given,
           const std::vector<Tensor>& biases_given, const std::vector<Tensor>& slopes_given,
           const std::vector<Tensor>& gains_given, const std::vector<Tensor>& shifts_given,
-          const std::string& activation, bool softmax_given, const Optional& q_offsets_given)
+          const Text& activation, bool softmax_given, const Optional& q_offsets_given)
       : q(torch::stable::contiguous(q_given)),
         k(torch::stable::contiguous(k_given)),
         has_values(v_given.has_value()),
@@ -112,7 +112,7 @@ class DinCall {
  protected:
   void read_layers(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                    const std::vector<Tensor>& slopes, const std::vector<Tensor>& gains,
-                   const std::vector<Tensor>& shifts, const std::string& activation) {
+                   const std::vector<Tensor>& shifts, const Text& activation) {
     const size_t depth = weights.size() - 1;
     const bool sloped = activation == "prelu" || activation == "dice", gated = activation == "dice";
     STD_TORCH_CHECK(weights.size() >= 2 && biases.size() == weights.size() &&

@@ -282,7 +282,7 @@ Found history_search_codes(const Tensor& query, const Tensor& codes_given,
                            const Optional& item_bits, const Optional& required_bits,
                            const Optional& item_times, const Optional& since, const Optional& until,
                            const std::vector<int64_t>& sizes, const std::vector<int64_t>& groups,
-                           const std::string& hashing, bool packed) {
+                           const Text& hashing, bool packed) {
   STD_TORCH_CHECK(query.dim() == 3 && tables_given.size() == sizes.size(),
                   "tables: must be one per level, for query [B, C, D]");
   std::vector<Tensor> held;

@@ -153,7 +153,7 @@ void check_offsets(const int64_t* offsets, int64_t histories, int64_t slices) {
 }
 
 Tensor majority_vote(const Tensor& codes, const Tensor& offsets_given,
-                     const std::vector<int64_t>& levels, const std::string& rule) {
+                     const std::vector<int64_t>& levels, const Text& rule) {
   STD_TORCH_CHECK(rule == "per_level" || rule == "path", "rule: must be per_level or path");
   const int64_t depth = static_cast<int64_t>(levels.size());
   STD_TORCH_CHECK(depth > 0 && codes.dim() == 2 && codes.size(1) == depth &&

@@ -20,7 +20,7 @@ Integer integer_type(const Tensor& codes) {
 }
 
 Tensor majority_vote(const Tensor& codes_given, const Tensor& offsets_given,
-                     const std::vector<int64_t>& levels, const std::string& rule) {
+                     const std::vector<int64_t>& levels, const Text& rule) {
   STD_TORCH_CHECK(rule == "per_level", "rule: must be \"per_level\"");
   const int64_t depth = static_cast<int64_t>(levels.size());
   STD_TORCH_CHECK(depth > 0 && codes_given.dim() == 2 && codes_given.size(1) == depth,

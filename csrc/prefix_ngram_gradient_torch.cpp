@@ -95,11 +95,13 @@ std::vector<LevelSums> sums_of(PrefixGradient job) {
   return runs;
 }
 
-std::vector<Tensor> prefix_ngram_gradient(
-    const Tensor& grad, const Tensor& codes, const std::vector<int64_t>& sizes,
-    const std::vector<int64_t>& rows, const std::vector<int64_t>& dims, const std::string& mode,
-    const Optional& offsets, const std::optional<std::string>& pool, const std::string& hashing,
-    const std::vector<int64_t>& groups, bool packed) {
+std::vector<Tensor> prefix_ngram_gradient(const Tensor& grad, const Tensor& codes,
+                                          const std::vector<int64_t>& sizes,
+                                          const std::vector<int64_t>& rows,
+                                          const std::vector<int64_t>& dims, const Text& mode,
+                                          const Optional& offsets, const std::optional<Text>& pool,
+                                          const Text& hashing, const std::vector<int64_t>& groups,
+                                          bool packed) {
   const UpstreamGradient given(grad, codes,
                                Levels(sizes, rows, dims, groups, mode == "sum", hashing), sizes,
                                mode == "sum", offsets, pool, packed);

@@ -6,10 +6,10 @@ namespace {
 constexpr int64_t kAlone = 4 << 20;  // bytes that one thread writes before another wakes up
 
 Tensor prefix_ngram_lookup(const Tensor& codes_given, const std::vector<Tensor>& tables,
-                           const std::vector<int64_t>& sizes, const std::string& mode,
-                           const Optional& offsets_given, const std::optional<std::string>& pool,
-                           const std::string& hashing, const std::vector<int64_t>& groups,
-                           bool packed, const std::vector<Tensor>& scales) {
+                           const std::vector<int64_t>& sizes, const Text& mode,
+                           const Optional& offsets_given, const std::optional<Text>& pool,
+                           const Text& hashing, const std::vector<int64_t>& groups, bool packed,
+                           const std::vector<Tensor>& scales) {
   std::vector<Tensor> held;
   std::vector<int64_t> rows, dims;
   for (const Tensor& table : tables) {

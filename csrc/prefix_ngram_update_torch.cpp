@@ -171,10 +171,10 @@ void check_apart(const std::vector<Tensor>& tensors) {
 
 void prefix_ngram_update(const std::vector<Tensor>& tables, const std::vector<Tensor>& states,
                          const Tensor& grad, const Tensor& codes, const std::vector<int64_t>& sizes,
-                         const std::string& mode, const Optional& offsets,
-                         const std::optional<std::string>& pool, const std::string& hashing,
-                         const std::vector<int64_t>& groups, bool packed, const std::string& rule,
-                         double lr, double eps, const std::vector<int64_t>& seeds) {
+                         const Text& mode, const Optional& offsets, const std::optional<Text>& pool,
+                         const Text& hashing, const std::vector<int64_t>& groups, bool packed,
+                         const Text& rule, double lr, double eps,
+                         const std::vector<int64_t>& seeds) {
   STD_TORCH_CHECK(
       seeds.size() == tables.size() && (states.empty() || states.size() == seeds.size()),
       "states, seeds: must be one per table");

@@ -106,7 +106,7 @@ class UpstreamGradient {
  public:
   UpstreamGradient(const Tensor& grad, const Tensor& codes, const Levels& levels,
                    const std::vector<int64_t>& sizes, bool sum, const Optional& offsets,
-                   const std::optional<std::string>& pool, bool packed)
+                   const std::optional<Text>& pool, bool packed)
       : levels_(levels),
         codes_(readable(codes, packed, sizes)),
         grad_(grad.dim() != 2 || grad.size(1) == 1 || grad.stride(1) == 1

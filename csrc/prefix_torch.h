@@ -53,7 +53,7 @@ struct Levels {
 
   Levels(const std::vector<int64_t>& sizes, const std::vector<int64_t>& rows,
          const std::vector<int64_t>& dims, const std::vector<int64_t>& groups, bool sum,
-         const std::string& hashing) {
+         const Text& hashing) {
     STD_TORCH_CHECK(!sizes.empty() && rows.size() == sizes.size() && dims.size() == sizes.size() &&
                         std::accumulate(groups.begin(), groups.end(), int64_t{0}) ==
                             static_cast<int64_t>(sizes.size()),

@@ -17,8 +17,7 @@ void check_rows(const int64_t* rows, int64_t count, int64_t height) {
 }
 
 void row_update(const Tensor& table, const std::optional<Tensor>& state, const Tensor& rows_given,
-                const Tensor& sums_given, const std::string& rule, double lr, double eps,
-                int64_t seed) {
+                const Tensor& sums_given, const Text& rule, double lr, double eps, int64_t seed) {
   const Tensor rows = torch::stable::contiguous(rows_given);
   const Tensor sums = torch::stable::contiguous(sums_given);
   const int64_t count = rows.numel();

@@ -19,7 +19,7 @@ inline RowType row_type(const Tensor& table) {
                                     : RowType::bf16;
 }
 
-inline RowRule row_rule(const std::string& rule) {
+inline RowRule row_rule(const Text& rule) {
   STD_TORCH_CHECK(rule == "sgd" || rule == "adagrad" || rule == "rowwise_adagrad",
                   "rule: must be sgd, adagrad or rowwise_adagrad");
   return rule == "sgd"       ? RowRule::sgd
@@ -28,8 +28,8 @@ inline RowRule row_rule(const std::string& rule) {
 }
 
 // The updates of a table, but for rows and sums.
-inline RowUpdate row_job(const Tensor& table, const std::optional<Tensor>& state,
-                         const std::string& rule, double lr, double eps, int64_t seed) {
+inline RowUpdate row_job(const Tensor& table, const std::optional<Tensor>& state, const Text& rule,
+                         double lr, double eps, int64_t seed) {
   STD_TORCH_CHECK(table.dim() == 2, "table: must be [H, d]");
   RowUpdate job{};
   job.table = table.mutable_data_ptr();

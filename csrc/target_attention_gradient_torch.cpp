@@ -259,10 +259,12 @@ void check_outputs(const AttentionCall& call, const Grads& grads,
 }
 
 // needs: of q, k, v, offsets and those of bias and q_offsets that are given.
-std::vector<Tensor> target_attention_backward(
-    const Grads& grads, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
-    const Optional& bias, double scale, const std::string& activation, const Optional& q_offsets,
-    const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
+std::vector<Tensor> target_attention_backward(const Grads& grads, const Tensor& q, const Tensor& k,
+                                              const Tensor& v, const Tensor& offsets,
+                                              const Optional& bias, double scale,
+                                              const Text& activation, const Optional& q_offsets,
+                                              const std::vector<Tensor>& outputs,
+                                              const std::vector<bool>& needs) {
   const AttentionCall call(q, k, v, offsets, bias, scale, activation, q_offsets);
   check_outputs(call, grads, outputs);
   Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs,
@@ -277,7 +279,7 @@ std::vector<Tensor> target_attention_backward(
 
 std::vector<Tensor> shared_attention_backward(const Grads& grads, const Tensor& q, const Tensor& x,
                                               const Tensor& offsets, const Optional& bias,
-                                              double scale, const std::string& activation,
+                                              double scale, const Text& activation,
                                               const Optional& q_offsets,
                                               const std::vector<Tensor>& outputs,
                                               const std::vector<bool>& needs) {

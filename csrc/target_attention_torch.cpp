@@ -96,13 +96,13 @@ class Forward {
 };
 
 Results target_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
-                         const Optional& bias, double scale, const std::string& activation,
+                         const Optional& bias, double scale, const Text& activation,
                          const Optional& q_offsets) {
   return Forward(AttentionCall(q, k, v, offsets, bias, scale, activation, q_offsets)).run();
 }
 
 Results shared_attention(const Tensor& q, const Tensor& x, const Tensor& offsets,
-                         const Optional& bias, double scale, const std::string& activation,
+                         const Optional& bias, double scale, const Text& activation,
                          const Optional& q_offsets) {
   return Forward(AttentionCall(q, x, x, offsets, bias, scale, activation, q_offsets)).run();
 }

@@ -14,7 +14,7 @@ namespace livrec {
 // Items of a piece, for every 256 candidates: what a piece gives is small beside what it reads.
 constexpr int64_t kPieceItems = 1024;
 
-inline Activation activation_of(const std::string& name) {
+inline Activation activation_of(const Text& name) {
   STD_TORCH_CHECK(name == "softmax" || name == "none" || name == "silu" || name == "sigmoid",
                   "activation: must be softmax, none, silu or sigmoid, got ", name);
   return name == "softmax" ? Activation::softmax
@@ -46,7 +46,7 @@ class AttentionCall {
 
   AttentionCall(const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
                 const Tensor& offsets_given, const Optional& bias_given, double scale_given,
-                const std::string& activation_given, const Optional& q_offsets_given) {
+                const Text& activation_given, const Optional& q_offsets_given) {
     const bool jagged = q_offsets_given.has_value();
     shared = k_given.dim() == 2;
     STD_TORCH_CHECK(q_given.dim() == (jagged ? 3 : 4), "q: must be [B, C, H, d], or [Q, H, d]");

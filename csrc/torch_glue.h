@@ -9,11 +9,37 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+namespace livrec {
+
+// A text among an operator's arguments. torch's conversion to std::string never frees the string
+// that it makes (2.11 to 2.13): 48 bytes a call, and between them room for no large tensor.
+struct Text : std::string {
+  using std::string::string;
+};
+
+}  // namespace livrec
+
+template <>
+struct torch::stable::detail::ToImpl<livrec::Text> {
+  template <class... Versions>
+  static livrec::Text call(StableIValue value, Versions...) {
+    const auto handle = to<StringHandle>(value);
+    size_t length;
+    const char* characters;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &characters));
+    livrec::Text text(characters, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
 
 namespace livrec {
 
