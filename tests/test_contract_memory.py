@@ -16,10 +16,8 @@ _CALLS, _LOST = 100, 24  # an object that every call loses takes 32 bytes of gli
 class Heap(ctypes.Structure):
     """What glibc's mallinfo2 fills in."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
 def allocated():
@@ -34,7 +32,7 @@ def allocated():
 
 
 def lost_per_call(run):
-    """Return how many bytes a call keeps, in the best of a few windows: what is lost is always so."""
+    """Return how many bytes a call keeps, in the best of a few windows: what is lost always is."""
     run()
     found = []
     for _ in range(6):
