@@ -45,26 +45,28 @@ struct CodeBlock {
   float* tables;         // [slots, parts, width]: S or its exponentials; and G
   float* peaks;          // [width]: m
   bool exact;            // `tables` holds S and peaks the greatest logits
-  const float* factors;  // [items, bias_heads]: exponentials of the bias, or where exact the bias
+  const float* factors;  // [items, bias_heads]: exponentials of the bias, or where exact the bias;
+                         // the items as `rows` orders them
   int64_t bias_heads;    // 1 or heads; 0: no bias
 };
 
-// Rows of `tables` that occur, in float32, [distinct, heads, padded dim].
+// Where the rows of `tables` that occur lie, [distinct], each [heads, padded dim] in float32: in
+// their tables, if they are such there, or in `space` [distinct + 1, heads, padded dim].
 LIVREC_DECLARE(void, code_gather,
                (const void* const* tables, TableType type, const CodeRows& rows, int64_t heads,
-                int64_t dim, int64_t padded, float* out))
+                int64_t dim, int64_t padded, float* space, const float** out))
 // x [candidates x heads, dim] in float32, [candidates x heads, padded dim].
 LIVREC_DECLARE(void, code_widen,
                (const void* x, TableType type, int64_t count, int64_t dim, int64_t padded,
                 float* out))
 
-// Products of rows [distinct, heads, padded] with x [candidates, heads, padded], times scale, into
+// Products of rows [distinct][heads, padded] with x [candidates, heads, padded], times scale, into
 // part `part` of the block's tables; `peaks` [fields, width], if given, gets the greatest per
 // field, and `less` [width], if given, is subtracted in the first field. scratch [code_lane_space
 // floats].
 LIVREC_DECLARE(int64_t, code_lane_space, (const CodeBlock& block, int64_t padded))
 LIVREC_DECLARE(void, code_products,
-               (const CodeBlock& block, int64_t part, const float* rows, const float* x,
+               (const CodeBlock& block, int64_t part, const float* const* rows, const float* x,
                 int64_t padded, float scale, const float* less, float* peaks, float* scratch))
 // S to exp(S - peak of the field).
 LIVREC_DECLARE(void, code_exponentials, (const CodeBlock& block, const float* peaks))
@@ -80,7 +82,7 @@ LIVREC_DECLARE(void, code_greatest,
 LIVREC_DECLARE(void, code_fold, (const CodeBlock& block, float* sums, float* totals))
 // out [candidates, heads, padded] += factor per column x sum over rows of sums x rows.
 LIVREC_DECLARE(void, code_columns,
-               (const CodeBlock& block, const float* sums, const float* rows, int64_t padded,
+               (const CodeBlock& block, const float* sums, const float* const* rows, int64_t padded,
                 const float* factor, float* out))
 
 // x in `type`, [count, dim], of padded float32.

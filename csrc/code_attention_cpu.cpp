@@ -27,6 +27,55 @@ void scan(const CodeBlock& block, int64_t begin, int64_t end, float* sums) {
   }
 }
 
+// The same over runs, where all items share a row of the key field: p = e t, with e that row's
+// exponentials and t the product of the others'.
+template <int N, int V, int kOthers>
+void scan_runs(const CodeBlock& block, int64_t begin, int64_t end, float* sums) {
+  typedef typename Lanes<N>::V Vector;
+  constexpr int64_t kWidth = N * V;
+  const CodeRows& all = *block.rows;
+  const int64_t others = kOthers ? kOthers : all.fields - 1, items = all.items, key = all.key;
+  const auto at = [&](int64_t other, int64_t item) {
+    return all.slots[(other + (other >= key)) * items + item] * kWidth;
+  };
+  const CodeRow* row = all.distinct + all.ends[key];
+  const uint32_t* run_end = all.run_ends;
+  while (*run_end <= begin) ++row, ++run_end;
+  int32_t heads[kWidth];
+  bias_heads_of<kWidth>(block, heads);
+  for (int64_t item = begin; item < end; ++row, ++run_end) {
+    Vector e[V];
+    for (int v = 0; v < V; ++v) e[v] = read<N>(block.tables + row->slot * kWidth + v * N);
+    const int64_t last = least(*run_end, end);
+    while (item < last) {
+      const int64_t stop = least(item + kSlotTurns, last);
+      Vector total[V] = {};
+      for (; item < stop; ++item) {
+        Vector t[V];
+        for (int v = 0; v < V; ++v) t[v] = Vector{} + 1.0f;
+        for (int64_t o = 0; o < others; ++o) {
+          const float* table = block.tables + at(o, item);
+          for (int v = 0; v < V; ++v)
+            t[v] = o == 0 ? read<N>(table + v * N) : t[v] * read<N>(table + v * N);
+        }
+        if (block.bias_heads) {
+          float bias[kWidth];
+          spread<kWidth>(block, heads, item, bias);
+          for (int v = 0; v < V; ++v) t[v] *= read<N>(bias + v * N);
+        }
+        for (int v = 0; v < V; ++v) total[v] += t[v];
+        for (int v = 0; v < V; ++v) t[v] *= e[v];
+        for (int64_t o = 0; o < others; ++o) {
+          float* sum = sums + at(o, item);
+          for (int v = 0; v < V; ++v) write<N>(sum + v * N, read<N>(sum + v * N) + t[v]);
+        }
+      }
+      float* sum = sums + row->slot * kWidth;
+      for (int v = 0; v < V; ++v) write<N>(sum + v * N, read<N>(sum + v * N) + total[v] * e[v]);
+    }
+  }
+}
+
 struct Scan {
   const CodeBlock& block;
   int64_t begin, end;
@@ -39,8 +88,21 @@ struct Scan {
   }
 
   template <int N, int V>
+  LIVREC_INLINE void runs() const {
+    switch (block.rows->fields) {
+      case 3:
+        return scan_runs<N, V, 2>(block, begin, end, sums);
+      case 4:
+        return scan_runs<N, V, 3>(block, begin, end, sums);
+      default:
+        return scan_runs<N, V, 0>(block, begin, end, sums);
+    }
+  }
+
+  template <int N, int V>
   LIVREC_INLINE void run() const {
     if (block.exact) return parts<N, V, 0, true>();
+    if (block.parts == 1 && block.rows->key >= 0) return runs<N, V>();
     switch (block.rows->fields) {
       case 1:
         return parts<N, V, 1, false>();
@@ -97,19 +159,74 @@ void spread_lanes(const CodeBlock& block, int64_t vector, const float* x, int64_
 
 // Products of kRows rows with a vector of columns.
 template <int N, int kRows>
-LIVREC_INLINE void multiply(const float* rows, int64_t stride, const float* lanes, int64_t count,
+LIVREC_INLINE void multiply(const float* const* rows, int64_t at, const float* lanes, int64_t count,
                             typename Lanes<N>::V* out) {
-  for (int r = 0; r < kRows; ++r) out[r] = typename Lanes<N>::V{};
+  const float* from[kRows];
+  for (int r = 0; r < kRows; ++r) from[r] = rows[r] + at, out[r] = typename Lanes<N>::V{};
   for (int64_t j = 0; j < count; ++j) {
     const auto column = read<N>(lanes + j * N);
-    for (int r = 0; r < kRows; ++r) out[r] += rows[r * stride + j] * column;
+    for (int r = 0; r < kRows; ++r) out[r] += from[r][j] * column;
+  }
+}
+
+// Adds up lanes by halves of groups of kGroup: first the groups of a, then those of b.
+template <int kGroup>
+LIVREC_INLINE Floats merge(Floats a, Floats b) {
+  constexpr int kHalf = kGroup / 2;
+#if defined(__clang__)
+  Floats low, high;
+  for (int j = 0; j < kLanes; ++j) {
+    const int at = j / kHalf * kGroup + j % kHalf;
+    low[j] = at < kLanes ? a[at] : b[at - kLanes];
+    high[j] = at < kLanes ? a[at + kHalf] : b[at + kHalf - kLanes];
+  }
+  return low + high;
+#else
+  const Ints lanes = lane_numbers(), inside = lanes & (kHalf - 1);
+  const Ints at = (lanes - inside) * 2 + inside;
+  return __builtin_shuffle(a, b, at) + __builtin_shuffle(a, b, at + kHalf);
+#endif
+}
+
+// The lanes of kCount vectors added up, in a group of lanes for each.
+template <int kCount>
+LIVREC_INLINE Floats merged(const Floats* x) {
+  if constexpr (kCount == 1)
+    return *x;
+  else
+    return merge<2 * kLanes / kCount>(merged<kCount / 2>(x), merged<kCount / 2>(x + kCount / 2));
+}
+
+template <int kGroup>
+LIVREC_INLINE Floats folded(Floats x) {
+  if constexpr (kGroup == 1)
+    return x;
+  else
+    return folded<kGroup / 2>(merge<kGroup>(x, x));
+}
+
+// Products of a row with N columns, each with the row's part of its head.
+template <int N>
+LIVREC_INLINE typename Lanes<N>::V multiply_columns(const float* row, const int64_t* offsets,
+                                                    const float* const* columns, int64_t padded) {
+  if constexpr (N > kLanes) {
+    return {};
+  } else {
+    Floats sums[N] = {};
+    for (int64_t d = 0; d < padded; d += kLanes)
+      for (int l = 0; l < N; ++l) sums[l] += load(row + offsets[l] + d) * load(columns[l] + d);
+    const Floats found = folded<kLanes / N>(merged<N>(sums));
+    typename Lanes<N>::V first;
+    __builtin_memcpy(&first, &found, sizeof(first));
+    return first;
   }
 }
 
 struct Products {
   const CodeBlock& block;
   int64_t part;
-  const float *rows, *x;
+  const float* const* rows;
+  const float* x;
   int64_t padded;
   float scale;
   const float* less;
@@ -125,20 +242,34 @@ struct Products {
     constexpr int kRows = 8;
     typedef typename Lanes<N>::V Vector;
     const int64_t first = head_of(block, v * N), span = head_of(block, v * N + N - 1) - first + 1;
-    spread_lanes<N>(block, v, x, padded, scale, first, span, lanes);
-    const int64_t stride = block.heads * padded, count = span * padded;
+    // Few columns of a head: products of each alone are fewer than with zeros for the other heads.
+    const bool by_columns = N <= 8 && 2 * span >= N;
+    if (!by_columns) spread_lanes<N>(block, v, x, padded, scale, first, span, lanes);
+    const int64_t at = first * padded, count = span * padded;
     const CodeRows& all = *block.rows;
+    const float* columns[N];
+    int64_t offsets[N];
+    Vector factor{};
+    for (int lane = 0; lane < N; ++lane) {
+      const int64_t column = least(block.first + v * N + lane, block.heads * block.candidates - 1);
+      const int64_t head = column / block.candidates, candidate = column % block.candidates;
+      columns[lane] = x + (candidate * block.heads + head) * padded;
+      offsets[lane] = head * padded;
+      factor[lane] = block.first + v * N + lane == column ? scale : 0.0f;
+    }
     for (int64_t f = 0; f < all.fields; ++f) {
       Vector most = Vector{} - kInfinity, found[kRows];
       const Vector shift = less && f == 0 ? read<N>(less + v * N) : Vector{};
       for (int64_t i = all.ends[f]; i < all.ends[f + 1]; i += kRows) {
         const int64_t some = least(kRows, all.ends[f + 1] - i);
-        const float* from = rows + i * stride + first * padded;
-        if (some == kRows)
-          multiply<N, kRows>(from, stride, lanes, count, found);
+        if (by_columns)
+          for (int64_t r = 0; r < some; ++r)
+            found[r] = factor * multiply_columns<N>(rows[i + r], offsets, columns, padded);
+        else if (some == kRows)
+          multiply<N, kRows>(rows + i, at, lanes, count, found);
         else
           for (int64_t r = 0; r < some; ++r)
-            multiply<N, 1>(from + r * stride, stride, lanes, count, found + r);
+            multiply<N, 1>(rows + i + r, at, lanes, count, found + r);
         for (int64_t r = 0; r < some; ++r) {
           const CodeRow& row = all.distinct[i + r];
           const Vector value = found[r] - shift;
@@ -235,13 +366,22 @@ CodeShape code_shape(int64_t columns, int64_t parts, int64_t slots) {
 }
 
 void code_gather(const void* const* tables, TableType type, const CodeRows& rows, int64_t heads,
-                 int64_t dim, int64_t padded, float* out) {
+                 int64_t dim, int64_t padded, float* space, const float** out) {
+  const bool as_they_lie = type == TableType::f32 && dim == padded;
+  const float* zeros = space;
+  for (int64_t d = 0; d < heads * padded; ++d) space[d] = 0.0f;
   for (int64_t f = 0; f < rows.fields; ++f)
-    for (int64_t i = rows.ends[f]; i < rows.ends[f + 1]; ++i, out += heads * padded)
-      if (rows.distinct[i].row >= 0)
-        gather_row(tables[f], type, rows.distinct[i].row, heads, dim, padded, out);
-      else
-        for (int64_t d = 0; d < heads * padded; ++d) out[d] = 0.0f;
+    for (int64_t i = rows.ends[f]; i < rows.ends[f + 1]; ++i) {
+      const int64_t row = rows.distinct[i].row;
+      if (row < 0) {
+        out[i] = zeros;
+      } else if (as_they_lie) {
+        out[i] = static_cast<const float*>(tables[f]) + row * heads * dim;
+      } else {
+        gather_row(tables[f], type, row, heads, dim, padded, space += heads * padded);
+        out[i] = space;
+      }
+    }
 }
 
 void code_widen(const void* x, TableType type, int64_t count, int64_t dim, int64_t padded,
@@ -254,7 +394,7 @@ int64_t code_lane_space(const CodeBlock& block, int64_t padded) {
   return least(most, block.heads) * padded * block.shape.lanes;
 }
 
-void code_products(const CodeBlock& block, int64_t part, const float* rows, const float* x,
+void code_products(const CodeBlock& block, int64_t part, const float* const* rows, const float* x,
                    int64_t padded, float scale, const float* less, float* peaks, float* scratch) {
   shaped(block.shape, Products{block, part, rows, x, padded, scale, less, peaks, scratch});
 }
@@ -295,7 +435,7 @@ namespace {
 // Sums over rows for up to kTile columns of one head and a vector of its dimensions.
 template <int kTile>
 LIVREC_INLINE void column_tile(const CodeBlock& block, const float* sums, int64_t column,
-                               const float* rows, int64_t stride, Floats* out) {
+                               const float* const* rows, int64_t at, Floats* out) {
   constexpr int64_t kRun = 64;  // rows added up by themselves: errors grow with runs and their size
   const int64_t size = block.parts * block.shape.width();
   const CodeRows& all = *block.rows;
@@ -304,7 +444,7 @@ LIVREC_INLINE void column_tile(const CodeBlock& block, const float* sums, int64_
   for (int64_t i = 0; i < count; i += kRun) {
     Floats run[kTile] = {};
     for (int64_t r = i; r < least(i + kRun, count); ++r) {
-      const Floats row = load(rows + r * stride);
+      const Floats row = load(rows[r] + at);
       const float* weights = sums + all.distinct[r].slot * size + column;
       for (int c = 0; c < kTile; ++c) run[c] += weights[c] * row;
     }
@@ -314,10 +454,10 @@ LIVREC_INLINE void column_tile(const CodeBlock& block, const float* sums, int64_
 
 }  // namespace
 
-void code_columns(const CodeBlock& block, const float* sums, const float* rows, int64_t padded,
-                  const float* factor, float* out) {
+void code_columns(const CodeBlock& block, const float* sums, const float* const* rows,
+                  int64_t padded, const float* factor, float* out) {
   constexpr int kTile = 8;
-  const int64_t stride = block.heads * padded, last = block.heads * block.candidates;
+  const int64_t last = block.heads * block.candidates;
   const int64_t width = least(block.shape.width(), last - block.first);
   Floats found[kTile];
   for (int64_t w = 0, some; w < width; w += some) {
@@ -326,11 +466,11 @@ void code_columns(const CodeBlock& block, const float* sums, const float* rows, 
     const int64_t left = least(width - w, block.candidates - candidate);
     some = left >= kTile ? kTile : 1;
     for (int64_t d = 0; d < padded; d += kLanes) {
-      const float* from = rows + head * padded + d;
+      const int64_t at = head * padded + d;
       if (some == kTile)
-        column_tile<kTile>(block, sums, w, from, stride, found);
+        column_tile<kTile>(block, sums, w, rows, at, found);
       else
-        column_tile<1>(block, sums, w, from, stride, found);
+        column_tile<1>(block, sums, w, rows, at, found);
       for (int64_t c = 0; c < some; ++c) {
         float* to = out + ((candidate + c) * block.heads + head) * padded + d;
         store(to, load(to) + factor[w + c] * found[c]);

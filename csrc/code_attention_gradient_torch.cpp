@@ -192,7 +192,7 @@ class Gradient {
                  FirstBad& first_bad) {
     const int64_t from = call_.offsets->data[user], to = call_.offsets->data[user + 1];
     if (from == to) return;
-    history.read(call_.codes, from, to, first_bad);
+    history.read(call_.codes, from, to, false, first_bad);
     const CodeRows rows = history.rows();
     for (int64_t f = 0; f < rows.fields; ++f)
       for (int64_t i = rows.ends[f]; i < rows.ends[f + 1]; ++i)

@@ -13,6 +13,7 @@ namespace livrec {
 
 constexpr int64_t kFewUsers = 8;          // below it, long histories are read by several threads
 constexpr int64_t kLittleWork = 1 << 16;  // items times columns that one thread had better do alone
+constexpr int64_t kRunColumns = 16;       // below it, runs save less than they take to find
 constexpr float kHeadroom = 64.0f;        // powers of two
 constexpr int64_t kHistoryChunk = 2048;   // items at a time, then: whatever the number of threads
 
@@ -91,14 +92,15 @@ class CodePass {
   bool begin(int64_t user, FirstBad& first_bad) {
     const int64_t from = call_.offsets->data[user], to = call_.offsets->data[user + 1];
     if (from == to || call_.candidates == 0) return false;
-    history_.read(call_.codes, from, to, first_bad);
+    const bool in_runs = parts_ == 1 && call_.heads * call_.candidates >= kRunColumns;
+    history_.read(call_.codes, from, to, in_runs, first_bad);
     rows_ = history_.rows();
     columns_ = call_.heads * call_.candidates;
     shape_ = LIVREC_CALL(code_shape, columns_, parts_, rows_.slot_count);
     padded = round_up(call_.dim), value_padded = round_up(call_.value_dim);
     q = widened(q_, call_.of_user(call_.q, user), call_.dim, padded);
-    keys = gathered(keys_, call_.keys, call_.dim, padded);
-    values = gathered(values_, call_.values, call_.value_dim, value_padded);
+    keys = gathered(key_space_, keys_, call_.keys, call_.dim, padded);
+    values = gathered(value_space_, values_, call_.values, call_.value_dim, value_padded);
     bias_ = call_.bias_of(user);
     weigh_bias();
     chunk_ = call_.users < kFewUsers ? kHistoryChunk : INT64_MAX;
@@ -159,7 +161,8 @@ class CodePass {
   }
 
   int64_t padded = 0, value_padded = 0;
-  float *q = nullptr, *keys = nullptr, *values = nullptr;
+  float* q = nullptr;
+  const float *const *keys = nullptr, *const *values = nullptr;
   CodeBlock block{};
   float* sums = nullptr;    // [slots, parts, width]
   float* totals = nullptr;  // [parts, width]
@@ -170,17 +173,26 @@ class CodePass {
     return call_.bias_heads > 1 ? std::min(column, columns_ - 1) / call_.candidates : 0;
   }
 
-  float* gathered(Buffer& buffer, const std::vector<const void*>& tables, int64_t dim,
-                  int64_t padded_dim) {
-    float* out = buffer.of(history_.distinct() * call_.heads * padded_dim);
-    LIVREC_CALL(code_gather, tables.data(), call_.type, rows_, call_.heads, dim, padded_dim, out);
-    return out;
+  const float* const* gathered(Buffer& space, std::vector<const float*>& rows,
+                               const std::vector<const void*>& tables, int64_t dim,
+                               int64_t padded_dim) {
+    const int64_t distinct = history_.distinct();
+    rows.resize(static_cast<size_t>(distinct));
+    LIVREC_CALL(code_gather, tables.data(), call_.type, rows_, call_.heads, dim, padded_dim,
+                space.of((distinct + 1) * call_.heads * padded_dim), rows.data());
+    return rows.data();
   }
 
-  // Exponentials of the bias less its greatest value, head by head.
+  // Exponentials of the bias less its greatest value, head by head, in the order of the items.
   void weigh_bias() {
     if (!bias_) return;
     const int64_t heads = call_.bias_heads, count = rows_.items * heads;
+    if (rows_.order) {
+      float* ordered = ordered_.of(count);
+      for (int64_t i = 0; i < rows_.items; ++i)
+        std::copy_n(bias_ + rows_.order[i] * heads, heads, ordered + i * heads);
+      bias_ = ordered;
+    }
     shifts_.assign(static_cast<size_t>(heads), -INFINITY);
     for (int64_t i = 0; i < count; ++i)
       shifts_[static_cast<size_t>(i % heads)] =
@@ -228,7 +240,9 @@ class CodePass {
   const float* bias_ = nullptr;
   float* factors = nullptr;
   std::vector<float> shifts_;
-  Buffer q_, keys_, values_, tables_, sums_, totals_, peaks_, field_peaks_, lanes_, factors_;
+  std::vector<const float*> keys_, values_;
+  Buffer q_, key_space_, value_space_, ordered_, tables_, sums_, totals_, peaks_, field_peaks_,
+      lanes_, factors_;
 };
 
 // Runs visit(begin, end) over users, or `count` groups of them: several at once where they are

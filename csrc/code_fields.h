@@ -5,6 +5,9 @@
 // They lie in slots, field after field; an item has a slot in every field. A row that very many
 // items name has several slots, which take turns, so that no sum has more than kSlotTurns terms and
 // that neighbouring items do not wait for each other's sums.
+//
+// Items may come in runs: all that share a row of the key field, the one of the most rows, after
+// each other. What belongs to that row is then read and written once for all of them.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +29,9 @@ struct CodeRows {
   const CodeRow* distinct;  // field by field
   const int64_t* ends;      // [fields + 1]: where a field's rows begin in `distinct`
   int64_t slot_count;
+  int64_t key;               // field of the runs, or -1: items lie as in the history
+  const uint32_t* order;     // [items]: where the items of the runs lie in the history, or null
+  const uint32_t* run_ends;  // for each row of the key field
 };
 
 }  // namespace livrec

@@ -10,148 +10,256 @@
 
 namespace livrec {
 
-// Finds the rows of one history after the other; memory stays for the next.
-class HistoryRows {
- public:
-  // Items [begin, end). Codes out of range are noted and count as unknown.
-  void read(const Codes& codes, int64_t begin, int64_t end, FirstBad& first_bad) {
-    items_ = end - begin, fields_ = codes.level_count, slot_count_ = 0;
-    slots_.resize(static_cast<size_t>(items_ * fields_));
-    distinct_.clear();
-    ends_.assign(1, 0);
-    bool all_found = false;
-    for (int64_t f = 0; f < fields_; ++f) {
-      if (is_direct(codes, f)) {
-        read_direct(codes, f, begin, first_bad);
-      } else {
-        if (!all_found) find_rows(codes, begin, first_bad), all_found = true;
-        read_found(codes.levels[f], f);
-      }
-      ends_.push_back(static_cast<int64_t>(distinct_.size()));
+// What one field of a history names: numbers, which are rows plus 1 or stand for `names`.
+struct CodeField {
+  const void* from;  // what lies below the numbers by 1, as codes of `type`
+  CodeType type;
+  int64_t stride;
+  uint64_t past;                      // numbers from here on are out of range; they count as it
+  std::vector<int64_t> names;         // rows by number, where they are not the numbers less 1
+  std::vector<uint32_t> counts;       // of items, by number
+  std::vector<uint32_t> next;         // the slot whose turn it is, by number
+  std::vector<uint32_t> first, last;  // slots, where any number has several
+  bool turns;
+
+  int64_t row_of(int64_t number) const {
+    return names.empty() ? number - 1 : names[static_cast<size_t>(number)];
+  }
+
+  // Calls visit with a function that gives the number of an item.
+  template <typename Visit>
+  void with_numbers(const Visit& visit) const {
+    switch (type) {
+      case CodeType::u8:
+        return visit(Numbers<uint8_t>{from, stride, past});
+      case CodeType::i8:
+        return visit(Numbers<int8_t>{from, stride, past});
+      case CodeType::i16:
+        return visit(Numbers<int16_t>{from, stride, past});
+      case CodeType::i32:
+        return visit(Numbers<int32_t>{from, stride, past});
+      default:
+        return visit(Numbers<int64_t>{from, stride, past});
     }
   }
 
+ private:
+  template <typename Code>
+  struct Numbers {
+    Numbers(const void* data, int64_t step, uint64_t bound)
+        : codes(static_cast<const Code*>(data)), stride(step), past(bound) {}
+    size_t operator()(int64_t item) const {
+      const auto number = static_cast<uint64_t>(static_cast<int64_t>(codes[item * stride])) + 1;
+      return number < past ? number : past;
+    }
+    const Code* codes;
+    int64_t stride;
+    uint64_t past;
+  };
+};
+
+// Finds the rows of one history after the other; memory stays for the next.
+class HistoryRows {
+ public:
+  // Items [begin, end); in runs, if asked for and if they would be long. Codes out of range are
+  // noted and count as unknown.
+  void read(const Codes& codes, int64_t begin, int64_t end, bool in_runs, FirstBad& first_bad) {
+    items_ = end - begin, slot_count_ = 0;
+    fields_.resize(static_cast<size_t>(codes.level_count));
+    slots_.resize(fields_.size() * static_cast<size_t>(items_));
+    distinct_.clear();
+    ends_.assign(1, 0);
+    bool found = false;
+    for (int64_t f = 0; f < codes.level_count; ++f) {
+      if (is_direct(codes, f)) {
+        read_direct(codes, f, begin);
+      } else {
+        if (!found) find_rows(codes, begin, first_bad), found = true;
+        read_found(codes.levels[f], f);
+      }
+      count(field(f), begin, first_bad);
+    }
+    key_ = in_runs ? key_field() : -1;
+    for (int64_t f = 0; f < codes.level_count; ++f) {
+      number(field(f), f == key_);
+      ends_.push_back(static_cast<int64_t>(distinct_.size()));
+    }
+    if (key_ >= 0) sort(field(key_));
+    for (int64_t f = 0; f < codes.level_count; ++f)
+      if (f != key_) place(field(f), slots_.data() + f * items_);
+  }
+
   CodeRows rows() const {
-    return {items_, fields_, slots_.data(), distinct_.data(), ends_.data(), slot_count_};
+    const bool in_runs = key_ >= 0;
+    return {items_,
+            static_cast<int64_t>(fields_.size()),
+            slots_.data(),
+            distinct_.data(),
+            ends_.data(),
+            slot_count_,
+            key_,
+            in_runs ? order_.data() : nullptr,
+            in_runs ? run_ends_.data() : nullptr};
   }
   int64_t distinct() const { return static_cast<int64_t>(distinct_.size()); }
 
  private:
+  static constexpr int64_t kRun = 4;  // items that a row must have to be worth a run
+
+  CodeField& field(int64_t f) { return fields_[static_cast<size_t>(f)]; }
+
   // Rows few enough to count in an array.
   bool is_small(uint64_t rows) const { return rows < static_cast<uint64_t>(8 * items_ + 4096); }
 
   // Whether a field's codes are its rows, as they lie.
   bool is_direct(const Codes& codes, int64_t f) const {
-    const bool alone = codes.levels[f].begins && (f + 1 == fields_ || codes.levels[f + 1].begins);
+    const bool alone =
+        codes.levels[f].begins && (f + 1 == codes.level_count || codes.levels[f + 1].begins);
     return alone && codes.type != CodeType::packed && codes.levels[f].hash == KeyHash::none &&
            is_small(codes.levels[f].rows);
   }
 
-  void read_direct(const Codes& codes, int64_t f, int64_t begin, FirstBad& first_bad) {
-    switch (codes.type) {
-      case CodeType::u8:
-        return read_column<uint8_t>(codes, f, begin, first_bad);
-      case CodeType::i8:
-        return read_column<int8_t>(codes, f, begin, first_bad);
-      case CodeType::i16:
-        return read_column<int16_t>(codes, f, begin, first_bad);
-      case CodeType::i32:
-        return read_column<int32_t>(codes, f, begin, first_bad);
-      default:
-        return read_column<int64_t>(codes, f, begin, first_bad);
-    }
-  }
-
-  template <typename Code>
-  void read_column(const Codes& codes, int64_t f, int64_t begin, FirstBad& first_bad) {
-    const auto* from =
-        static_cast<const Code*>(codes.data) + begin * codes.row_stride + f * codes.column_stride;
-    const int64_t size = codes.levels[f].size, stride = codes.row_stride;
-    int64_t bad = -1;
-    for (int64_t i = 0; i < items_; ++i) {
-      const int64_t code = static_cast<int64_t>(from[i * stride]);
-      if ((code < -1 || code >= size) && bad < 0) bad = begin + i;
-    }
-    first_bad.note(bad);
-    if (bad >= 0) return number(f, 1, [](int64_t) { return 0; });
-    number(f, size + 1, [&](int64_t i) { return static_cast<int64_t>(from[i * stride]) + 1; });
+  void read_direct(const Codes& codes, int64_t f, int64_t begin) {
+    CodeField& own = field(f);
+    const int64_t at = begin * codes.row_stride + f * codes.column_stride;
+    own.from = static_cast<const char*>(codes.data) + at * code_bytes(codes.type);
+    own.type = codes.type, own.stride = codes.row_stride;
+    own.past = static_cast<uint64_t>(codes.levels[f].size) + 1;
+    own.names.clear();
   }
 
   void find_rows(const Codes& codes, int64_t begin, FirstBad& first_bad) {
-    found_.resize(static_cast<size_t>(items_ * fields_));
-    std::vector<int64_t> block(static_cast<size_t>(fields_ * kPrefixBlock));
+    found_.resize(slots_.size());
+    const int64_t fields = codes.level_count;
+    std::vector<int64_t> block(static_cast<size_t>(fields * kPrefixBlock));
     for (int64_t at = 0; at < items_; at += kPrefixBlock) {
       const int64_t some = std::min(kPrefixBlock, items_ - at);
       first_bad.note(
           LIVREC_CALL(prefix_ngram_rows, codes, begin + at, begin + at + some, block.data()));
-      for (int64_t f = 0; f < fields_; ++f)
+      for (int64_t f = 0; f < fields; ++f)
         std::copy_n(block.data() + f * kPrefixBlock, some, found_.data() + f * items_ + at);
     }
   }
 
   void read_found(const PrefixLevel& level, int64_t f) {
+    CodeField& own = field(f);
     int64_t* rows = found_.data() + f * items_;
-    if (is_small(level.rows))
-      return number(f, static_cast<int64_t>(level.rows) + 1,
-                    [&](int64_t i) { return rows[i] + 1; });
+    own.from = rows, own.type = CodeType::i64, own.stride = 1;
+    own.names.clear();
+    if (is_small(level.rows)) {
+      own.past = level.rows + 1;
+      return;
+    }
     // Too many rows for an array: theirs are numbered as they come, through a table of hashes.
     size_t places = 16;
     while (places < static_cast<size_t>(2 * items_)) places *= 2;
     table_.assign(places, {-2, 0});
-    names_.clear();
     for (int64_t i = 0; i < items_; ++i) {
       size_t place = static_cast<size_t>(rows[i]) * 0x9e3779b97f4a7c15ull >> 20 & (places - 1);
       while (table_[place].first != rows[i] && table_[place].first != -2)
         place = (place + 1) & (places - 1);
       if (table_[place].first == -2) {
-        table_[place] = {rows[i], static_cast<int64_t>(names_.size())};
-        names_.push_back(rows[i]);
+        table_[place] = {rows[i], static_cast<int64_t>(own.names.size())};
+        own.names.push_back(rows[i]);
       }
-      rows[i] = table_[place].second;
+      rows[i] = table_[place].second - 1;
     }
-    const size_t before = distinct_.size();
-    number(f, static_cast<int64_t>(names_.size()), [&](int64_t i) { return rows[i]; });
-    for (size_t i = before; i < distinct_.size(); ++i)
-      distinct_[i].row = names_[static_cast<size_t>(distinct_[i].row + 1)];
+    own.past = own.names.size();
   }
 
-  // Gives each item its slot. number_of(i) is the row of item i, plus 1, below `limit`.
-  template <typename NumberOf>
-  void number(int64_t f, int64_t limit, const NumberOf& number_of) {
-    counts_.assign(static_cast<size_t>(limit), 0);
-    uint32_t* counts = counts_.data();
-    for (int64_t i = 0; i < items_; ++i) ++counts[number_of(i)];
-    distinct_.reserve(distinct_.size() + static_cast<size_t>(std::min(limit, items_)));
-    first_.resize(static_cast<size_t>(limit));
-    last_.resize(static_cast<size_t>(limit));
-    bool turns = false;
-    for (int64_t id = 0; id < limit; ++id) {
-      if (counts[id] == 0) continue;
-      const uint32_t copies = (counts[id] + kSlotTurns - 1) / kSlotTurns;
-      const auto slot = static_cast<uint32_t>(slot_count_);
-      distinct_.push_back({id - 1, slot, copies});
-      first_[static_cast<size_t>(id)] = counts[id] = slot;
-      last_[static_cast<size_t>(id)] = slot + copies - 1;
-      slot_count_ += copies;
-      turns |= copies > 1;
+  // Counts the items of each number; where any is out of range, the field's are all unknown.
+  void count(CodeField& own, int64_t begin, FirstBad& first_bad) const {
+    own.counts.assign(static_cast<size_t>(own.past) + 1, 0);
+    own.with_numbers([&](const auto& number_of) {
+      uint32_t* counts = own.counts.data();
+      for (int64_t i = 0; i < items_; ++i) ++counts[number_of(i)];
+      if (counts[own.past] == 0) return;
+      int64_t bad = 0;
+      while (number_of(bad) != own.past) ++bad;
+      first_bad.note(begin + bad);
+      own.past = 0;
+      own.counts.assign(1, static_cast<uint32_t>(items_));
+    });
+  }
+
+  // The field of the most rows, which its items name often enough; -1: there is none.
+  int64_t key_field() const {
+    int64_t key = -1, most = 0;
+    for (size_t f = 0; f < fields_.size(); ++f) {
+      const auto rows = static_cast<int64_t>(fields_[f].past);
+      if (rows * kRun <= items_ && rows > most) key = static_cast<int64_t>(f), most = rows;
     }
-    uint32_t* slots = slots_.data() + f * items_;
-    if (!turns) {
-      for (int64_t i = 0; i < items_; ++i) slots[i] = counts[number_of(i)];
+    return key;
+  }
+
+  // Gives each number that occurs its slots.
+  void number(CodeField& own, bool once) {
+    const size_t numbers = own.counts.size();
+    own.next.resize(numbers);
+    own.turns = false;
+    for (size_t n = 0; n < numbers; ++n) {
+      const uint32_t items = own.counts[n];
+      if (items == 0) continue;
+      const uint32_t copies = once ? 1 : (items + kSlotTurns - 1) / kSlotTurns;
+      own.next[n] = static_cast<uint32_t>(slot_count_);
+      own.turns |= copies > 1;
+      distinct_.push_back({own.row_of(static_cast<int64_t>(n)), own.next[n], copies});
+      slot_count_ += copies;
+    }
+    if (!own.turns) return;
+    own.first = own.last = own.next;
+    for (size_t n = 0; n < numbers; ++n)
+      own.last[n] += (own.counts[n] + kSlotTurns - 1) / kSlotTurns - 1;
+  }
+
+  // Finds the runs of a field and the order that they make; gives their items the field's slots.
+  void sort(CodeField& own) {
+    order_.resize(static_cast<size_t>(items_));
+    run_ends_.clear();
+    uint32_t* slots = slots_.data() + key_ * items_;
+    uint32_t begin = 0;
+    for (size_t n = 0; n < own.counts.size(); ++n) {
+      const uint32_t items = own.counts[n];
+      if (items == 0) continue;
+      std::fill_n(slots + begin, items, own.next[n]);
+      own.next[n] = begin;
+      run_ends_.push_back(begin += items);
+    }
+    own.with_numbers([&](const auto& number_of) {
+      uint32_t *next = own.next.data(), *order = order_.data();
+      for (int64_t i = 0; i < items_; ++i) order[next[number_of(i)]++] = static_cast<uint32_t>(i);
+    });
+  }
+
+  // Gives each item its slot of a field.
+  void place(CodeField& own, uint32_t* slots) const {
+    own.with_numbers([&](const auto& number_of) {
+      if (key_ < 0) return place(own, slots, number_of);
+      const uint32_t* order = order_.data();
+      place(own, slots, [&](int64_t i) { return number_of(order[i]); });
+    });
+  }
+
+  template <typename NumberOf>
+  void place(CodeField& own, uint32_t* slots, const NumberOf& number_of) const {
+    uint32_t* next = own.next.data();
+    if (!own.turns) {
+      for (int64_t i = 0; i < items_; ++i) slots[i] = next[number_of(i)];
       return;
     }
-    for (int64_t i = 0; i < items_; ++i) {  // counts[id]: whose turn it is
-      const int64_t id = number_of(i);
-      const uint32_t slot = slots[i] = counts[id];
-      counts[id] =
-          slot == last_[static_cast<size_t>(id)] ? first_[static_cast<size_t>(id)] : slot + 1;
+    const uint32_t *first = own.first.data(), *last = own.last.data();
+    for (int64_t i = 0; i < items_; ++i) {
+      const size_t n = number_of(i);
+      const uint32_t slot = slots[i] = next[n];
+      next[n] = slot == last[n] ? first[n] : slot + 1;
     }
   }
 
-  int64_t items_ = 0, fields_ = 0, slot_count_ = 0;
-  std::vector<uint32_t> slots_, counts_, first_, last_;
+  int64_t items_ = 0, slot_count_ = 0, key_ = -1;
+  std::vector<CodeField> fields_;
+  std::vector<uint32_t> slots_, order_, run_ends_;
   std::vector<CodeRow> distinct_;
-  std::vector<int64_t> ends_, found_, names_;
+  std::vector<int64_t> ends_, found_;
   std::vector<std::pair<int64_t, int64_t>> table_;
 };
 

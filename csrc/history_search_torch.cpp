@@ -98,14 +98,15 @@ class CodeScores {
       : search_(search), codes_(codes), tables_(tables) {}
 
   void begin(int64_t user, int64_t from, int64_t to, FirstBad& first_bad) {
-    history_.read(codes_, from, to, first_bad);
+    history_.read(codes_, from, to, false, first_bad);
     rows_ = history_.rows(), from_ = from;
     shape = LIVREC_CALL(code_shape, search_.candidates, 1, rows_.slot_count);
     padded_ = (search_.dim + shape.pad - 1) / shape.pad * shape.pad;
     LIVREC_CALL(code_widen, search_.query_of(user), search_.type, search_.candidates, search_.dim,
                 padded_, query_.of(search_.candidates * padded_));
+    gathered_.resize(static_cast<size_t>(history_.distinct()));
     LIVREC_CALL(code_gather, tables_.data(), search_.type, rows_, 1, search_.dim, padded_,
-                gathered_.of(history_.distinct() * padded_));
+                space_.of((history_.distinct() + 1) * padded_), gathered_.data());
   }
   void candidates_from(int64_t first) {
     block_ = CodeBlock{&rows_,
@@ -120,7 +121,7 @@ class CodeScores {
                        nullptr,
                        0};
     float* lanes = lanes_.of(LIVREC_CALL(code_lane_space, block_, padded_));
-    LIVREC_CALL(code_products, block_, 0, gathered_.of(0), query_.of(0), padded_, 1.0f, nullptr,
+    LIVREC_CALL(code_products, block_, 0, gathered_.data(), query_.of(0), padded_, 1.0f, nullptr,
                 nullptr, lanes);
   }
   void score(int64_t begin, int64_t end, float* scores) {
@@ -136,7 +137,8 @@ class CodeScores {
   CodeRows rows_{};
   CodeBlock block_{};
   int64_t from_ = 0, padded_ = 0;
-  Buffer query_, gathered_, products_, lanes_;
+  std::vector<const float*> gathered_;
+  Buffer query_, space_, products_, lanes_;
 };
 
 // What a block of scores holds that may be among the best: shown to those who ask, item by item.

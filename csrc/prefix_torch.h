@@ -46,6 +46,19 @@ inline CodeType code_type(const Tensor& codes, bool packed) {
   return CodeType::i64;
 }
 
+inline int64_t code_bytes(CodeType type) {
+  switch (type) {
+    case CodeType::i16:
+      return 2;
+    case CodeType::i32:
+      return 4;
+    case CodeType::i64:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
 // What all levels are, group by group.
 struct Levels {
   std::vector<PrefixLevel> levels;
