@@ -18,6 +18,7 @@ from . import peers, peers_embedding
 
 LEVELS, DIM, MOST_ROWS = (64,) * 4, 32, 2**20
 ITEMS = (4_096, 65_536, 1_000_000)
+MANY = 5_000_000  # forward only: the output takes 2.5 GB, and so does every peer's
 Inputs = dict[str, Any]
 
 
@@ -81,6 +82,8 @@ def cases(options: Options) -> Iterator[Case]:
         yield forward(kind, items, options)
         for sparse in (False, True):
             yield both(kind, items, sparse, options)
+    if not options.quick:
+        yield forward("uniform", MANY, options)
 
 
 def compiled(options: Options) -> list[Contestant | Absent]:
@@ -109,6 +112,7 @@ def forward(kind: str, items: int, options: Options) -> Case:
         *compiled(options),
         Contestant("nn.EmbeddingBag", lambda i: lambda: peers_embedding.bags(**i, sparse=False)),
         peers_embedding.tbe_forward(options),
+        peers_embedding.liger(options),
     ]
     return Case(
         op="prefix_ngram_lookup",
@@ -120,6 +124,7 @@ def forward(kind: str, items: int, options: Options) -> Case:
         contestants=[*ours(livrec_fast.prefix_ngram_lookup, options), *peer],
         bytes=items * (len(LEVELS) + 8 * width),
         flops=0,
+        long=items == MANY,
     )
 
 
@@ -146,20 +151,24 @@ def both(kind: str, items: int, sparse: bool, options: Options) -> Case:
 
         return Contestant(name, prepare, kind)
 
-    def native(**given: Any) -> Tensor:
-        return livrec_fast.prefix_ngram_lookup(**given, sparse=sparse, backend="native")
+    mine = "triton" if options.device == "cuda" else "native"
+
+    def lookup(**given: Any) -> Tensor:
+        return livrec_fast.prefix_ngram_lookup(**given, sparse=sparse, backend=mine)
 
     def bags(**given: Any) -> Tensor:
         return peers_embedding.bags(**given, sparse=sparse)
 
     found: list[Contestant | Absent] = [
-        contestant("native", native, "ours"),
+        contestant(mine, lookup, "ours"),
         contestant("nn.EmbeddingBag, uncoalesced" if sparse else "nn.EmbeddingBag", bags),
     ]
     if sparse:  # sums per row, as ours: what torch's optimisers make of it first
         found.append(contestant("nn.EmbeddingBag, coalesced", bags, after=coalesced))
     else:
         found.append(contestant("torch indexing", peers_embedding.indexed))
+        absent = peers_embedding.liger_absence(options)
+        found.append(absent or contestant("Liger embedding", peers_embedding.liger_lookup))
         if not options.quick:
             function = torch.compile(peers.fresh(peers_embedding.indexed), dynamic=False)
             found.append(contestant("torch.compile", function))

@@ -1,4 +1,4 @@
-"""What else one would embed prefixes with: torch's indexing and bags, and FBGEMM's tables.
+"""What else one would embed prefixes with: torch's indexing and bags, FBGEMM's tables, Liger.
 
 Peers take codes that are all known, as the cases have them, and do what ours do: from codes to
 vectors, keys included.
@@ -43,6 +43,27 @@ def bags(codes: Tensor, tables: Sequence[Tensor], levels: Sequence[int], sparse:
     ends = torch.arange(len(codes), device=codes.device)
     pairs = zip(rows, tables, strict=True)
     return torch.cat([F.embedding_bag(r, t, ends, mode="sum", sparse=sparse) for r, t in pairs], 1)
+
+
+def liger_lookup(codes: Tensor, tables: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
+    """Look up with Liger's embedding, whose gradients are added up atomically."""
+    from liger_kernel.ops.experimental.embedding import LigerEmbeddingFunction
+
+    rows = table_rows(codes, levels, [len(table) for table in tables])
+    pairs = zip(rows, tables, strict=True)
+    return torch.cat([LigerEmbeddingFunction.apply(table, at) for at, table in pairs], 1)
+
+
+def liger_absence(options: Options) -> Absent | None:
+    """Return why Liger cannot take part, or None."""
+    reason = absence("liger_kernel", "liger-kernel", options, cpu_only=False)
+    return Absent("Liger embedding", reason) if reason else None
+
+
+def liger(options: Options) -> Contestant | Absent:
+    """Return the forward pass of Liger's embedding."""
+    absent = liger_absence(options)
+    return absent or Contestant("Liger embedding", lambda i: lambda: liger_lookup(**i))
 
 
 def copy(width: int) -> Contestant:
