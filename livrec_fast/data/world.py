@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from numbers import Real
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -111,11 +111,12 @@ class World:
 
 def settings(*, quick: bool = False, **sizes: float) -> Settings:
     """Return settings by name, checked; the arguments and errors are those of `make`."""
-    known = {field.name: type(field.default) for field in fields(Settings)}
-    for name, value in sizes.items():
+    known = {name: type(value) for name, value in asdict(Settings()).items()}
+    given: dict[str, Any] = sizes
+    for name, value in given.items():
         if name not in known:
             raise ValueError(f"sizes: there is no {name!r}; there are {', '.join(sorted(known))}")
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
             raise TypeError(f"sizes: {name} must be a number, got {type(value).__name__}")
         low, high = _LIMITS[name]
         if not low <= value <= high:

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ...logs.requests import TASKS
 from ..demo.metrics import auc, gauc
 
 Array = np.ndarray[Any, Any]
-
-TASKS = ("click", "like", "long")
 
 
 def measure(
