@@ -10,7 +10,7 @@ import torch
 from fluid_batches import MODEL, TRAIN
 
 from livrec_fast.data import world
-from livrec_fast.logs.log import known_before
+from livrec_fast.logs.log import KINDS, known_before
 from livrec_fast.systems.fluid import checkpoints, experiment, figures, material
 from livrec_fast.systems.fluid.codes import make_codes
 from livrec_fast.systems.fluid.material import Material, Source
@@ -54,6 +54,18 @@ def test_dense_features_are_standardised_by_the_training_requests(data):
     before = data.asked.dense[: -len(data.test)].reshape(-1, data.sizes.features)
     np.testing.assert_allclose(data.mean, before.mean(0), rtol=1e-4, atol=1e-5)
     assert not np.allclose(data.mean, data.asked.dense.mean((0, 1)), rtol=1e-3)
+
+
+def test_what_was_watched_and_shown(data):
+    seconds, tags = data.watched()
+    asked, log = data.test, data.log
+    clicks = log.kind[asked.event] == KINDS.index("click")
+    assert 0 < clicks.sum() and np.isnan(seconds[~clicks]).all()
+    np.testing.assert_array_equal(seconds[clicks], log.value[asked.event][clicks])
+    known = asked.slice >= 0
+    codes = data.codes.slice_codes[asked.slice[known]].astype(int)
+    np.testing.assert_array_equal(tags[known], codes[:, 0] * 65_536 + codes[:, 1])
+    assert (tags[~known] == -1).all() and not known.all()
 
 
 def test_shares_that_are_not_quite_one_leave_no_request_out_of_training():

@@ -36,7 +36,7 @@ QUICK_WORLD = {
     help="A folder of logs, or 'world': a synthetic one for each seed.",
 )  # fmt: skip
 @click.option(
-    "--table", "names", type=click.Choice(["T3", "T5", "T7", "all"]), multiple=True,
+    "--table", "names", type=click.Choice(["T3", "T4", "T5", "T7", "all"]), multiple=True,
     default=("T3",), show_default=True, help="Of the paper; can be given several times.",
 )  # fmt: skip
 @click.option("--seeds", type=click.IntRange(min=1), help=f"How many; {SEEDS} by default.")
@@ -221,4 +221,5 @@ def _show_table(console: Console, table: Table, results: Any) -> None:
         console.print(
             f"  {order}: [{colour}]{verdict}[/{colour}] (difference {shown(gap)})", highlight=False
         )
-    console.print(f"  '<=' and '~' allow for {MARGIN}.", highlight=False)
+    if any(order.relation != "<" for order in table.orders):
+        console.print(f"  '<=' and '~' allow for {MARGIN}.", highlight=False)

@@ -16,7 +16,7 @@ import torch
 
 from ..._files import replacing
 from . import checkpoints, figures
-from .evaluation import measure
+from .evaluation import measure, views
 from .material import Material, Source
 from .recipes import ROWS
 from .training import Settings, stage_steps, train_row
@@ -56,6 +56,7 @@ def run_job(job: Job, tell: Tell = lambda seed, what, number: None) -> dict[str,
         traces[row.name], _ = checkpoints.read(path)
         logits = traces[row.name]["logits"].numpy()
         found["rows"][row.name] = measure(logits, *data.tested())
+        found["rows"][row.name] |= views(logits[..., 0], data.test, *data.watched())
         tell(job.seed, "row", number)
     if job.figures:
         found["figures"] = _figures(data, traces)

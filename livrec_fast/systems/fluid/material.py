@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...logs.batches import GAPS, Batch, Feed
-from ...logs.log import VIDEO, Array, LiveLog
+from ...logs.log import KINDS, VIDEO, Array, LiveLog
 from ...logs.requests import Requests, split
 from . import checkpoints
 from .codes import CodeBook, make_codes
@@ -116,6 +116,18 @@ class Material:
     def tested(self) -> tuple[Array, Array, Array, Array]:
         """Return labels, mask, users and new rooms of the test period."""
         return self.test.labels, self.test.mask, self.test.user, self.test.new_room
+
+    def watched(self) -> tuple[Array, Array]:
+        """Return of the tested requests the seconds watched, and what each candidate showed.
+
+        The seconds are NaN where no click tells them. What a candidate showed is the first two
+        codes of its slice, as one number, -1 without a slice.
+        """
+        log, codes = self.log, self.codes.slice_codes.astype(np.int64)
+        seconds = log.value[self.test.event].astype(np.float64)
+        told = (log.kind[self.test.event] == KINDS.index("click")) & (seconds > 0)
+        tags = np.append(codes[:, 0] * 65_536 + codes[:, min(1, codes.shape[1] - 1)], -1)
+        return np.where(told, seconds, np.nan), tags[self.test.slice]
 
     def facts(self) -> dict[str, Any]:
         """Return what the data are, in numbers; ratios are floats."""
