@@ -2,13 +2,14 @@
 
 import csv
 import json
+import sys
 
 import pytest
 from click.testing import CliRunner
 
 from livrec_fast.cli import main
 from livrec_fast.data import live_log, world
-from livrec_fast.systems.fluid import command, experiment
+from livrec_fast.systems.fluid import command, experiment, speed
 from livrec_fast.systems.fluid.tables import METRICS, TABLES
 
 TINY = {"users": 60, "authors": 20, "rooms": 60, "videos": 100, "live_events": 1500, "days": 1.0}
@@ -63,7 +64,13 @@ def test_figures_are_drawn(done):
     pictures = {path.name.split("-")[1]: path for path in out.glob("figure-*.png")}
     assert set(pictures) == {"1", "4", "5"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.values())
-    drawn = json.loads((out / "seed-0.json").read_text())["figures"]
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (out / "seed-0.json").read_text()
+    drawn = json.loads(text, parse_constant=refuse)["figures"]
+    assert None in drawn["1"]["mean"]  # ages that no candidate has
     assert sum(drawn["1"]["count"]) > 0 and drawn["4"]["within"] > drawn["4"]["apart"]
     assert 0 < drawn["5"]["overall"][0] < 1 and len(drawn["5"]["mean"]) == 10
 
@@ -101,8 +108,46 @@ def test_the_step_is_timed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_ways_to_train_that_differ_fail_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "TOLERANCE", -1.0)
+    result = run("--speed", "--out", tmp_path, *SIZES)
+    assert result.exit_code == 1
+    assert "the three ways to train are not the same: losses: differ by" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--world", "switch=2"],
+        ["--world", "live_events=0"],
+        ["--world", "live_events=3"],
+        ["--data", "nowhere"],
+        ["--data", "."],
+    ],
+)
+def test_fresh_deletes_nothing_where_nothing_can_be_trained(tmp_path, arguments, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "stages" / "a.trace.safetensors"
+    kept.parent.mkdir()
+    kept.touch()
+    sizes = SIZES if "--world" in arguments else []
+    result = run("--fresh", "--seeds", 1, "--jobs", 1, "--out", tmp_path, *sizes, *arguments)
+    assert result.exit_code == 1 and "Error: " in result.output
+    assert kept.exists()
+
+
+def test_what_is_missing_is_told_before_anything_is_done(tmp_path, monkeypatch):
+    for name, arguments in (("matplotlib", []), ("pyarrow", ["--data", tmp_path])):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            result = run("--out", tmp_path / "out", *arguments)
+        assert result.exit_code == 1 and not (tmp_path / "out").exists()
+        assert f"needs {name}; to mend: pip install 'livrec-fast[run]'" in result.output
+
+
 def test_mistakes_are_told(tmp_path):
     for arguments, text in (
+        (["--data", tmp_path, "--world", "users=3"], "is no world"),
         (["--data", tmp_path / "none"], "no folder"),
         (["--world", "users"], "NAME=NUMBER"),
         (["--world", "people=3"], "people"),

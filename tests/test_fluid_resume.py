@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,31 @@ train_row(Slow(STEPS), ROW, SETTINGS, 0, Path({str(tmp_path)!r}))
 def test_another_seed_or_setting_is_another_run(whole, tmp_path):
     train_row(HandMade(STEPS), ROW, SETTINGS, 1, tmp_path)
     assert not {path.name for path in whole.iterdir()} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("left", [1, 3, 4])
+def test_a_run_stopped_in_the_test_period_ends_with_the_same_bits(whole, tmp_path, left):
+    data, every = HandMade(STEPS), stage_steps(HandMade(STEPS), ROW.stages)
+    with pytest.raises(Stop):
+        train_row(data, ROW, SETTINGS, 0, tmp_path, stopping_after(every - left))
+    (part,) = tmp_path.glob("*.part.*")
+    tensors, facts = checkpoints.read(part)
+    tested = facts["done"] - STEPS  # of the stream's steps, those of period 4 come first
+    assert len(tensors.get("trace.logits", ())) == tested * data.requests > 0
+    train_row(data, ROW, SETTINGS, 0, tmp_path)
+    assert_same(whole, tmp_path)
+
+
+def test_a_run_that_drops_ids_out_draws_the_same_again(whole, tmp_path):
+    dropping = replace(SETTINGS, train=replace(TRAIN, fade="dropout"))
+    train_row(HandMade(STEPS), ROW, dropping, 0, tmp_path / "whole")
+    with pytest.raises(Stop):
+        halfway = stopping_after(FADING + 3)
+        train_row(HandMade(STEPS), ROW, dropping, 0, tmp_path / "stopped", halfway)
+    train_row(HandMade(STEPS), ROW, dropping, 0, tmp_path / "stopped")
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    ends = [
+        next(t for t, facts in contents(folder).values() if "logits" in t)["logits"]
+        for folder in (whole, tmp_path / "whole")
+    ]
+    assert not torch.equal(*ends)

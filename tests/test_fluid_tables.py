@@ -1,13 +1,16 @@
 """What is said of results: metrics, intervals, verdicts, figures; and the codes they rest on."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from livrec_fast.data import world
 from livrec_fast.logs.log import known_before
+from livrec_fast.logs.requests import DENSE
 from livrec_fast.systems.fluid import figures
 from livrec_fast.systems.fluid.codes import make_codes
-from livrec_fast.systems.fluid.evaluation import measure
+from livrec_fast.systems.fluid.evaluation import measure, views
 from livrec_fast.systems.fluid.statistics import Order, estimate, judge
 from livrec_fast.systems.fluid.tables import METRICS, TABLES, chosen, lines, rows_of, verdicts
 
@@ -63,9 +66,58 @@ def test_a_table_says_what_holds_and_what_does_not():
     assert text[3][1:3] == [".7748", "-0.46"] and text[3][4].startswith("+1.39±")
 
 
+def test_the_table_of_views_shows_changes_beside_the_papers():
+    found = results(**{"base": 0.7, "+slice": 0.7, "-ID": 0.7, "FLUID": 0.7})
+    for seed, rows in found.items():
+        rows["+slice"]["niche room views"] = 0.33 + 0.003 * seed  # of 0.3
+        rows["-ID"]["niche room views"] = 0.36
+        for row in rows.values():
+            row["stay seconds"] = 0.0
+            row["unique tags"] = float("nan")
+    text = lines(TABLES["T4"], found)
+    assert text[0] == ["metric", "+slice", "paper", "-ID", "paper", "FLUID", "paper"]
+    assert text[4] == [
+        "niche room views", "+12.00±1.96", "+0.69", "+20.00±0.00", "+2.23", "+0.00±0.00", "+2.87",
+    ]  # fmt: skip
+    assert text[6][:2] == ["stay seconds", "+nan±nan"] and text[5][1] == "+nan±nan"
+    said = {order: verdict for order, verdict, _ in verdicts(TABLES["T4"], found)}
+    assert len(said) == 18 and said["niche room views: +slice < -ID"] == "holds"
+    assert said["niche room views: -ID < FLUID"] == "reversed"
+    assert said["unique tags: -ID < +slice"] == said["stay seconds: -ID < +slice"] == "undecided"
+
+
+def test_views_are_of_the_candidate_that_scores_best():
+    dense = np.zeros((5, 2, len(DENSE)), np.float32)
+    dense[..., 0] = [[5, 5], [5, 1], [5, 5], [5, 5], [0, 5]]  # log of the room's events
+    dense[..., 1] = [[7, 7], [7, 7], [7, 3], [7, 7], [7, 2]]
+    asked = SimpleNamespace(
+        user=np.array([0, 0, 1, 1, 1]),
+        room=np.array([[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]),
+        dense=dense,
+    )
+    logits = np.array([[2.0, 1.0], [0.0, 3.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    seconds = np.array([100.0, 500.0, 600.0, np.nan, 30.0])  # request 3: nobody knows
+    tags = np.array([[4, 5], [5, 4], [6, 6], [6, 7], [8, -1]])
+    found = views(logits, asked, seconds, tags)
+    # shown are candidates 0, 1, 1, 0, 0; entered and of known length those of requests 0 and 4
+    assert found == pytest.approx(
+        {
+            "quality watch seconds": 100 / 4,
+            "quality watch sessions": 1 / 4,
+            "cold-start room views": 2 / 5,  # of requests 1 and 4
+            "niche room views": 1 / 5,  # of request 2
+            "unique tags": 3 / 2,  # tag 4 of user 0, tags 6 and 8 of user 1
+            "stay seconds": 130 / 4,
+        }
+    )
+    nothing = views(logits, asked, np.full(5, np.nan), np.full((5, 2), -1))
+    assert np.isnan(nothing["stay seconds"]) and nothing["unique tags"] == 0
+
+
 def test_tables_are_chosen_by_their_numbers():
     assert [t.name for t in chosen(["T7"])] == ["T7 fusion", "T7 recipe"]
     assert chosen(["all"]) == list(TABLES.values())
+    assert rows_of(chosen(["T4"])) == rows_of(chosen(["T3"]))
     assert rows_of(chosen(["T3", "T5"])) == [
         "base", "+slice", "-ID", "FLUID", "level-wise", "shared",
     ]  # fmt: skip

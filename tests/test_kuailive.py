@@ -155,6 +155,34 @@ def test_live_alone_and_a_part_of_the_time(tmp_path):
     assert told(log) == [event for event in LIVE_EVENTS if event[2] in ("click", "share")]
 
 
+def test_where_a_room_begins_or_ends_is_not_known(tmp_path):
+    def slices(starts, ends):
+        rooms = {"start_timestamp": moment(starts), "end_timestamp": moment(ends)}
+        log = kuailive.read(write(tmp_path, {"live_room_meta.parquet": rooms}), photos=False)
+        ids = log.room_id[log.slice_room].tolist()
+        vectors = log.slice_embedding[:, 0].tolist()
+        times = zip(log.slice_t0.tolist(), log.slice_t1.tolist(), strict=True)
+        return list(zip(ids, vectors, times, strict=True))
+
+    own = slices([T + 50_000, T, T + 500_000], [T + 100_000, T + 40_000, T + 600_000])
+    of = {room: [row for row in own if row[0] == room] for room in (500, 600)}
+    assert [len(rows) for rows in of.values()] == [3, 2]
+    # the last segment of room 500 has no end: it would be known before it was shown
+    open_end = slices([T + 50_000, T, T + 500_000], [T + 100_000, None, T + 600_000])
+    assert open_end == of[500][:2] + of[600]
+    nameless = slices([T + 50_000, None, T + 500_000], [T + 100_000, T + 40_000, T + 600_000])
+    assert nameless == of[600]
+    assert slices([None] * 3, [None] * 3) == []
+
+
+def test_no_room_within_the_times_asked_for(tmp_path):
+    write(tmp_path)
+    log = kuailive.read(tmp_path, until_ms=1, photos=False)
+    assert log.rooms == len(log.ts) == len(log.slice_room) == 0
+    films = kuailive.read(tmp_path, until_ms=1)
+    assert films.room_id.tolist() == [-9, -8] and len(films.ts) == 0
+
+
 def test_times_in_seconds_text_or_another_zone(tmp_path):
     text = ["2025-04-30 16:00:01.000", "2025-04-30 16:00:02.500"]
     base = 1_746_028_800_000  # 2025-04-30 16:00 UTC

@@ -147,6 +147,7 @@ BAD = [
     ("slices", {"t0_ms": [0, -1, 0, 0]}, "'t0_ms', row 1: -1 is before the stream"),
     ("slices", {"t1_ms": [500, 900, 1000, 10]}, "'t1_ms', row 1: 900 is before t0_ms"),
     ("slices", {"t1_ms": [500, 2000, 2500, 10]}, "'t1_ms', row 1: 2000 is before that of row 2"),
+    ("slices", {"slice": [4, 2**31, 0, 0]}, "'slice', row 1: 2147483648 does not fit in 32 bits"),
     ("slices", {"embedding": [[1.0], [2.0, 3.0], [1.0], [1.0]]}, "row 1: 2 values, but 1 in row 0"),
     ("slices", {"embedding": [[1.0], [2.0], [np.nan], [1.0]]}, "'embedding', row 2: has a value"),
     ("slices", {"embedding": [1.0, 2.0, 3.0, 4.0]}, "must hold lists of numbers, got double"),

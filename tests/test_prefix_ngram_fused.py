@@ -15,6 +15,8 @@ from livrec_fast import (
     RowSGD,
     RowwiseAdagrad,
 )
+from livrec_fast._dispatch import Op
+from livrec_fast.modules._row_optimizers import backend_of_rows
 
 LEVELS = (6, 4, 5)
 OPTIMIZERS = [RowSGD(0.5), RowAdagrad(0.1), RowwiseAdagrad(0.1)]
@@ -234,3 +236,37 @@ def test_a_pair_learns_as_its_parts_do(optimizer):
 def test_bad_settings(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def _chosen(monkeypatch, run):
+    """Return the backend of every op that `run` calls."""
+    chosen, choose = [], Op.choose
+
+    def told(op, args, backend):
+        chosen.append((op.name, choose(op, args, backend)))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(Op, "choose", told)
+    run()
+    return chosen
+
+
+@pytest.mark.parametrize("kernel", ["native", "reference"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_updates_run_by_the_modules_backend(kernel, paired, monkeypatch):
+    if kernel == "native":
+        pytest.importorskip("livrec_fast._C", reason="the compiled library is not there")
+    module = PrefixNgramEmbedding(LEVELS, 4, optimizer=RowAdagrad(0.1), backend=kernel)
+    if paired:
+        other = PrefixNgramEmbedding(LEVELS, 4, optimizer=RowAdagrad(0.1), backend=kernel)
+        module = PairedPrefixNgramEmbedding(module, other)
+    codes = torch.cat([_codes(0)] * (2 if paired else 1), 1)
+    chosen = _chosen(monkeypatch, lambda: module(codes).sum().backward())
+    assert {backend for name, backend in chosen if name != "prefix_ngram_update"} <= {kernel}
+    names = {name for name, _ in chosen}
+    assert ("row_update" in names) == (kernel == "reference") and "prefix_ngram_lookup" in names
+
+
+def test_a_backend_that_has_no_row_update_leaves_the_choice():
+    assert backend_of_rows("triton") == backend_of_rows("auto") == "auto"
+    assert backend_of_rows("reference") == "reference" and backend_of_rows("native") == "native"

@@ -173,10 +173,19 @@ def test_the_test_sees_a_leak(leak, monkeypatch):
 
 
 def test_codebooks_are_fitted_on_what_was_complete():
-    log = random_log(2, 100)
-    t = 1000
-    known = known_before(log, t)
-    np.testing.assert_array_equal(known, log.room_start[log.slice_room] + log.slice_t1 < t)
-    assert 0 < known.sum() < len(known)
-    unknown = replace(log, room_start=np.full(log.rooms, UNKNOWN))
-    assert not known_before(unknown, t).any()
+    log = replace(
+        random_log(2, 100, rooms=4),
+        room_start=np.array([100, 700, UNKNOWN, 50]),
+        slice_room=np.array([0, 0, 0, 1, 1, 2, 3]),
+        slice_t1=np.array([200, 399, 400, 200, 300, 10, 0]),
+    )
+    # room 0's slices end at 300, 499 and 500, room 1's at 900 and 1000; the video is there from 50
+    for t, wanted in (
+        (50, [0, 0, 0, 0, 0, 0, 0]),
+        (51, [0, 0, 0, 0, 0, 0, 1]),
+        (500, [1, 1, 0, 0, 0, 0, 1]),
+        (501, [1, 1, 1, 0, 0, 0, 1]),
+        (1000, [1, 1, 1, 1, 0, 0, 1]),
+        (9999, [1, 1, 1, 1, 1, 0, 1]),
+    ):
+        np.testing.assert_array_equal(known_before(log, t), np.array(wanted, bool), str(t))

@@ -1,7 +1,7 @@
 """Requests and batches: numba against NumPy, and both against what is counted by hand."""
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,11 +78,12 @@ def on_air(log, entries, t, window):
 @pytest.mark.parametrize("seed", range(4))
 def test_against_what_is_counted_by_hand(seed):
     log, window = random_log(seed, 120), WINDOW
+    log = replace(log, value=np.where(log.value < 0.4, 0, log.value))  # not always told
     found = made.make(log, candidates=4, window_ms=window, long_s=0.1, seed=seed)
     entries = list(entered(log, window))
     expected = [e for e in entries if log.room[e] in on_air(log, entries, log.ts[e], window)]
     np.testing.assert_array_equal(found.event, expected)
-    assert len(found) > 10
+    assert len(found) > 10 and 0 < found.mask[:, 0, 2].mean() < 1
     for n, e in enumerate(found.event):
         user, t, own = log.user[e], log.ts[e], log.room[e]
         mine, before = log.user == user, log.ts < t
@@ -112,12 +113,20 @@ def test_against_what_is_counted_by_hand(seed):
         stay = max((log.ts[here] - t).max(), log.value[clicks].max(initial=0) * 1000)
         liked = (log.kind[here] == KINDS.index("like")).any()
         np.testing.assert_array_equal(found.labels[n, 0], [1, liked, stay >= 100])
+        np.testing.assert_array_equal(found.mask[n, 0], [True, True, log.value[clicks].any()])
         fills = found.room[n, 1:] == own
         assert not found.mask[n, 1:][fills].any()
         free = on_air(log, entries, t, window) - set(
             log.room[mine & before & (log.ts >= t - window)]
         )
         assert fills.sum() == max(0, 3 - len(free - {own}))
+
+
+def test_in_a_log_that_never_tells_how_long_the_events_do():
+    log = random_log(1, 120)
+    silent = replace(log, value=np.where(log.kind == KINDS.index("click"), 0, log.value))
+    found = made.make(silent, window_ms=WINDOW, long_s=0.1)
+    assert found.mask[:, 0, 2].all() and 0 < found.labels[:, 0, 2].mean() < 1
 
 
 def test_positions_and_slices(small, requests):

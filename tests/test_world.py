@@ -129,26 +129,49 @@ def test_ids_and_content_are_told_apart_by_their_settings():
     "sizes, message",
     [
         ({"user": 3}, "there is no 'user'; there are activity"),
-        ({"rooms": 0}, "rooms must be at least 1, got 0"),
         ({"users": 1.5}, "users must be a whole number, got 1.5"),
-        ({"noise": -1}, "noise must not be negative, got -1"),
+        ({"rooms": 0}, "rooms must be from 1 to 100000000, got 0"),
+        ({"noise": -1}, "noise must be from 0 to 1000, got -1"),
+        ({"switch": 1.01}, "switch must be from 0 to 1, got 1.01"),
+        ({"slice_min": 0}, "slice_min must be from 0.1 to 720, got 0"),
+        ({"tail": float("nan")}, "tail must be from 0 to 10, got nan"),
+        ({"authors": 2**21}, "authors must be from 1 to 2097151, got 2097152"),
     ],
 )
 def test_bad_sizes(sizes, message):
     with pytest.raises(ValueError, match=message):
+        world.settings(quick=True, **sizes)
+    with pytest.raises(ValueError, match=message):
         world.make(0, quick=True, **sizes)
 
 
+def test_every_setting_has_limits_that_hold_for_its_default():
+    given = {field.name: getattr(world.Settings(), field.name) for field in fields(world.Settings)}
+    assert world.settings(**given) == world.Settings()
+    for name in given:
+        with pytest.raises(ValueError, match=f"sizes: {name} must be from"):
+            world.settings(**{name: float("inf")})
+    with pytest.raises(TypeError, match="users must be a number, got str"):
+        world.settings(users="3")
+
+
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "live", "requests"),
     [
-        {"users": 1, "rooms": 1, "videos": 1, "authors": 1, "verticals": 1, "subtopics": 1},
-        {"live_events": 0},
-        {"favourites": 0, "video_ratio": 0},
-        {"days": 0.2, "activity": 0, "tail": 0, "style": 0, "noise": 0},
+        ({"users": 1, "authors": 1, "videos": 1, "verticals": 1, "subtopics": 1}, 10_000, 100),
+        ({"rooms": 1}, 10_000, 100),
+        ({"users": 1, "authors": 1, "rooms": 1, "videos": 1, "subtopics": 1}, 10_000, 1),
+        ({"live_events": 0}, 0, 0),
+        ({"favourites": 0, "video_ratio": 0}, 10_000, 100),
+        ({"days": 0.2, "activity": 0, "tail": 0, "style": 0, "noise": 0}, 10_000, 100),
+        ({"days": 0.01, "slice_min": 720, "life_min": 0.1, "visit": 0}, 10_000, 100),
+        ({"slice_min": 0.1, "rooms": 20, "taste": 0, "switch": 1, "home": 0}, 10_000, 100),
     ],
 )
-def test_corners(sizes):
+def test_corners(sizes, live, requests):
     log = world.make(0, quick=True, **sizes).log
     assert (np.diff(log.ts) >= 0).all() and np.isfinite(log.slice_embedding).all()
-    made.make(log, backend="numpy")
+    there = log.room_domain[log.room] == LIVE
+    assert live <= there.sum() <= 20_000
+    assert ((~there).sum() > live) == (sizes.get("video_ratio", 9) * live > 0)
+    assert np.isfinite(log.value).all() and len(made.make(log, backend="numpy")) >= requests

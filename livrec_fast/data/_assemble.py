@@ -104,6 +104,9 @@ def _check_events(events: Columns, name: str) -> None:
 
 
 def _check_slices(slices: Columns, name: str) -> None:
+    number = slices["slice"]
+    wide = (number < -(2**31)) | (number >= 2**31)
+    refuse(name, "slice", wide, "does not fit in 32 bits", number)
     t0, t1, vectors = slices["t0_ms"], slices["t1_ms"], slices["embedding"]
     refuse(name, "t0_ms", t0 < 0, "is before the stream", t0)
     refuse(name, "t1_ms", t1 < t0, "is before t0_ms", t1)

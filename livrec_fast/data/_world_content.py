@@ -115,9 +115,8 @@ def time_of_day(rng: np.random.Generator, count: int) -> Array:
 
 def moments(settings: Settings, rng: np.random.Generator, count: int) -> Array:
     """Draw times of the wall clock within the world's days."""
-    whole = max(int(np.ceil(settings.days)), 1)
-    drawn = rng.integers(0, whole, count) * DAY + time_of_day(rng, count)
-    return START + drawn % max(round(settings.days * DAY), 1)
+    drawn = rng.integers(0, int(np.ceil(settings.days)), count) * DAY + time_of_day(rng, count)
+    return START + drawn % round(settings.days * DAY)
 
 
 def _topics(settings: Settings, rng: np.random.Generator) -> Array:

@@ -4,6 +4,8 @@ Read to the schema published with the set. What it leaves open is settled so tha
 too early, and can be changed:
 
 - a segment of a live room lasts until the next one begins, the last one until the room's end;
+  where that is not known, the last one is left out, as it would have no end, and where a room's
+  start is not known, all of its segments are, as they would have no place in its stream;
 - whole numbers below 10^11 are seconds, others milliseconds; times written as text are UTC, or
   `zone_hours` ahead of it;
 - gifts have no time of their own, and photos' likes neither: they are left out.
@@ -33,7 +35,7 @@ _MOMENTS = (  # file, room, time, kind
     ("live_share.csv", "live_id", "share_timestamp", "share"),
 )
 _SECONDS = 10**11  # whole numbers below are seconds: in milliseconds they would be of 1973
-_EVENT = ("user", "room", "author", "ts_ms", "kind", "value")
+_EVENT = ("user", "room", "ts_ms", "kind", "value")
 
 
 def recognises(folder: str | os.PathLike[str]) -> bool:
@@ -131,8 +133,9 @@ class _Reader:
         at, known = _find(rooms["room"], ids)
         kept = known & (ts >= self.since) & (ts < self.until)
         kinds = np.full(len(ts), KINDS.index(kind))
-        columns = (table.integers("user_id"), ids, rooms["author"][at], ts, kinds, value)
-        return {name: column[kept] for name, column in zip(_EVENT, columns, strict=True)}
+        columns = (table.integers("user_id"), ids, ts, kinds, value)
+        found = {name: column[kept] for name, column in zip(_EVENT, columns, strict=True)}
+        return found | {"author": rooms["author"][at[kept]]}
 
     def segments(self, rooms: dict[str, Array]) -> dict[str, Array]:
         """Read the segments, a file at a time."""
@@ -144,6 +147,7 @@ class _Reader:
         for path in files:
             table = Table(path)
             at, known = _find(rooms["room"], _numbers(table, "live_stream_id"))
+            known[known] = rooms["start_ms"][at[known]] != UNKNOWN
             rows.append(at[known])
             times.append(self.times(table, "timestamp")[known])
             vectors.append(table.vectors("feature_128")[known].astype(np.float16))
@@ -158,16 +162,15 @@ class _Reader:
         order = np.lexsort((ts, row))
         row, t0 = row[order], np.maximum(ts - start, 0)[order]
         last = np.append(row[1:] != row[:-1], True)[: len(row)]
-        shown = np.where(end == UNKNOWN, UNKNOWN, end - start)[order]
-        t1 = np.where(last, np.maximum(shown, t0), np.append(t0[1:], 0)[: len(t0)])
-        first = np.searchsorted(row, row)
+        t1 = np.where(last, np.maximum((end - start)[order], t0), np.append(t0[1:], 0)[: len(t0)])
+        kept = ~(last & (end[order] == UNKNOWN))
         return {
-            "room": rooms["room"][row],
-            "slice": np.arange(len(row)) - first,
-            "t0_ms": t0,
-            "t1_ms": t1,
-            "domain": np.full(len(row), LIVE),
-            "embedding": np.concatenate(vectors)[order],
+            "room": rooms["room"][row[kept]],
+            "slice": (np.arange(len(row)) - np.searchsorted(row, row))[kept],
+            "t0_ms": t0[kept],
+            "t1_ms": t1[kept],
+            "domain": np.full(int(kept.sum()), LIVE),
+            "embedding": np.concatenate(vectors)[order[kept]],
         }
 
     def photos(self) -> dict[str, Array]:

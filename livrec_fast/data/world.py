@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,19 @@ class Settings:
     highlights: float = 0.03
 
 
+_SHARE, _SIZE, _WEIGHT, _SPREAD = (0, 1), (0, 1000), (-100, 100), (0, 10)
+_LIMITS: dict[str, tuple[float, float]] = {
+    "users": (1, 10**8), "authors": (1, 2**21 - 1), "rooms": (1, 10**8), "videos": (1, 10**9),
+    "live_events": (0, 10**10), "days": (0.01, 10_000), "dim": (1, 2**16),
+    "verticals": (1, 10_000), "subtopics": (1, 10_000), "video_ratio": _SIZE,
+    "slice_min": (0.1, 720), "life_min": (0.1, 720), "life_spread": _SPREAD, "tail": _SPREAD,
+    "activity": _SPREAD, "faithful": _SHARE, "switch": _SHARE, "home": _SHARE, "style": _SIZE,
+    "noise": _SIZE, "taste": _SIZE, "spill": _SHARE, "favourites": (0, 10_000),
+    "favourite_share": _SHARE, "visit": (0, 10_000), "bias": _WEIGHT, "slice_pull": _WEIGHT,
+    "room_pull": _WEIGHT, "loyalty": _WEIGHT, "room_quality": _WEIGHT, "author_quality": _WEIGHT,
+    "lift": _WEIGHT, "highlights": _SHARE,
+}  # fmt: skip
+
 QUICK = {"users": 300, "authors": 120, "rooms": 500, "videos": 800, "live_events": 15_000}
 QUICK_DAYS = 1.0
 
@@ -95,6 +109,24 @@ class World:
     highlight: Array
 
 
+def settings(*, quick: bool = False, **sizes: float) -> Settings:
+    """Return settings by name, checked; the arguments and errors are those of `make`."""
+    known = {name: type(value) for name, value in asdict(Settings()).items()}
+    given: dict[str, Any] = sizes
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"sizes: there is no {name!r}; there are {', '.join(sorted(known))}")
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise TypeError(f"sizes: {name} must be a number, got {type(value).__name__}")
+        low, high = _LIMITS[name]
+        if not low <= value <= high:
+            raise ValueError(f"sizes: {name} must be from {low} to {high}, got {value}")
+        if known[name] is int and value != int(value):
+            raise ValueError(f"sizes: {name} must be a whole number, got {value}")
+    small = {**QUICK, "days": QUICK_DAYS} if quick else {}
+    return Settings(**{name: known[name](value) for name, value in {**small, **sizes}.items()})
+
+
 def make(seed: int = 0, *, quick: bool = False, **sizes: float) -> World:
     """Make a world; the same seed and settings give the same one.
 
@@ -110,38 +142,26 @@ def make(seed: int = 0, *, quick: bool = False, **sizes: float) -> World:
         ("play") `video_ratio` times as often as rooms are entered.
 
     Raises:
-        ValueError: a setting that does not exist or is out of range.
+        ValueError: a setting that does not exist or is out of range. TypeError: one that is no
+        number.
     """
-    known = {name: type(value) for name, value in asdict(Settings()).items()}
-    for name, value in sizes.items():
-        if name not in known:
-            raise ValueError(f"sizes: there is no {name!r}; there are {', '.join(sorted(known))}")
-        if known[name] is int and value != int(value):
-            raise ValueError(f"sizes: {name} must be a whole number, got {value}")
-        if name not in ("bias", "lift", "loyalty") and value < 0:
-            raise ValueError(f"sizes: {name} must not be negative, got {value}")
-    small = {**QUICK, "days": QUICK_DAYS} if quick else {}
-    chosen = {name: known[name](value) for name, value in {**small, **sizes}.items()}
-    settings = Settings(**chosen)
-    for name in ("users", "authors", "rooms", "videos", "dim", "verticals", "subtopics"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"sizes: {name} must be at least 1, got {getattr(settings, name)}")
+    chosen = settings(quick=quick, **sizes)
     rng = np.random.default_rng(seed)
-    content = draw_content(settings, rng)
-    users = draw_users(settings, content, rng)
+    content = draw_content(chosen, rng)
+    users = draw_users(chosen, content, rng)
     log = LiveLog(
-        **events(settings, content, users, rng),
+        **events(chosen, content, users, rng),
         **content.columns(),
-        user_id=np.arange(settings.users),
+        user_id=np.arange(chosen.users),
         room_id=np.arange(len(content.author)),
-        author_id=np.arange(settings.authors),
+        author_id=np.arange(chosen.authors),
     )
     return World(
         log=log,
-        settings=settings,
+        settings=chosen,
         slice_topic=content.slice_topic,
         room_topic=content.topic,
-        topic_vertical=np.arange(len(content.topics)) // settings.subtopics,
+        topic_vertical=np.arange(len(content.topics)) // chosen.subtopics,
         taste=users.taste,
         favourite=users.favourite,
         room_quality=content.quality,

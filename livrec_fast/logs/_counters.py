@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from .log import UNKNOWN, Array, LiveLog
+from .log import KINDS, UNKNOWN, Array, LiveLog
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -23,6 +23,22 @@ def new_rooms(log: LiveLog, moment: int) -> Array:
     first = np.where(log.room_start == UNKNOWN, _NEVER, log.room_start)
     first[log.room[::-1]] = log.ts[::-1]
     return np.asarray(first >= moment)
+
+
+def timed_stay(log: LiveLog, user: Array, room: Array, ts: Array, window: int) -> Array:
+    """Tell of each stay [N], from ts on, whether the log says how long it was.
+
+    It does with a click of the user's in the room, from ts to ts + window, whose value is not 0. In
+    a log where no click has one, all stays count as told: by the events that are there.
+    """
+    timed = (log.kind == KINDS.index("click")) & (log.value > 0)
+    if not timed.any():
+        return np.ones(len(ts), bool)
+    pairs, pair = np.unique(log.user[timed] * log.rooms + log.room[timed], return_inverse=True)
+    wanted = user * log.rooms + room
+    at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    upto, before = (_before(pair, log.ts[timed], at, when) for when in (ts + window + 1, ts))
+    return np.asarray((pairs[at] == wanted) & (upto > before))
 
 
 def counters(log: LiveLog, user: Array, ts: Array, room: Array, fast: bool) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._checks import check_choice
 from . import _sweep
-from ._counters import ages, counters, new_rooms
+from ._counters import ages, counters, new_rooms, timed_stay
 from .log import KINDS, LIVE, UNKNOWN, Array, LiveLog, histories, slice_at
 
 TASKS = ("click", "like", "long")
@@ -92,7 +92,9 @@ def make(log: LiveLog, *, backend: str = "auto", **options: float) -> Requests:
 
     Labels: "click" is 1 for candidate 0 and 0 for the others; "like" and "long" are known of
     candidate 0 only, by the user's events in the room from `ts` to `ts + window_ms`: a like among
-    them; at least `long_s` from `ts` to the last one, or watched as the value of a click says.
+    them; at least `long_s` from `ts` to the last one, or watched as the value of a click says. A
+    log that tells with some click how long was watched leaves "long" unknown where none of the
+    user's there does (a value of 0); in a log that never tells, it is by the events alone.
 
     Positions: `ts` - start where the end of the room is known; else that of the event for
     candidate 0, and for the others that of the latest entry of anybody into the room before `ts`.
@@ -134,7 +136,7 @@ def make(log: LiveLog, *, backend: str = "auto", **options: float) -> Requests:
     if backend == "numba" and fast is None:
         raise ImportError("backend: 'numba' is not installed (pip install numba)")
     drawn = _sweep.draw(log, histories(log), entry, chosen, window, fast)
-    return _assemble(log, drawn, chosen, fast is not None)
+    return _assemble(log, drawn, chosen, window, fast is not None)
 
 
 def split(
@@ -181,7 +183,9 @@ def _check(options: Options) -> None:
         raise ValueError(f"popular: must be in [0, 1], got {options.popular}")
 
 
-def _assemble(log: LiveLog, drawn: _sweep.Drawn, options: Options, fast: bool) -> Requests:
+def _assemble(
+    log: LiveLog, drawn: _sweep.Drawn, options: Options, window: int, fast: bool
+) -> Requests:
     user, ts, room = log.user[drawn.event], log.ts[drawn.event], drawn.room
     count, candidates = room.shape
     labels = np.zeros((count, candidates, len(TASKS)), np.float32)
@@ -191,10 +195,11 @@ def _assemble(log: LiveLog, drawn: _sweep.Drawn, options: Options, fast: bool) -
     labels[:, 0, 2] = drawn.stay_ms >= options.long_s * 1000
     mask[:, 0] = True
     mask[:, 0, 1] = (log.kind == KINDS.index("like")).any()
+    mask[:, 0, 2] = timed_stay(log, user, room[:, 0], ts, window)
     mask[:, 1:, 0] = drawn.known[:, 1:]
     age = ages(log, room, ts)
     counted = counters(log, user, ts, room, fast)
-    hour = (ts % 86_400_000) * (2 * np.pi / 86_400_000)
+    hour = (ts % _DAY) * (2 * np.pi / _DAY)
     clock = np.broadcast_to(np.stack([np.sin(hour), np.cos(hour)], 1)[:, None], (*room.shape, 2))
     dense = np.concatenate([np.log1p(counted), np.log1p(age)[..., None], clock], 2)
     return Requests(

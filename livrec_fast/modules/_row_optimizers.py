@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._dispatch import OPS
+
 
 @dataclass(frozen=True)
 class RowOptimizer:
@@ -110,6 +112,12 @@ class RowwiseAdagrad(RowOptimizer):
     def state_shape(self, table: Tensor) -> tuple[int, ...]:
         """Return [H]."""
         return (len(table),)
+
+
+def backend_of_rows(backend: str) -> str:
+    """Return the backend for `row_update` of what runs by another op's: "auto" if it has none."""
+    names = {known.name for known in OPS["row_update"].backends}
+    return backend if backend in names else "auto"
 
 
 def next_step(module: Any) -> tuple[list[Tensor | None], list[int]]:

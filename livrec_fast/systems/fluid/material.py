@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from ...logs.batches import GAPS, Batch, Feed
-from ...logs.log import VIDEO, Array, LiveLog
+from ...logs.log import KINDS, VIDEO, Array, LiveLog
 from ...logs.requests import Requests, split
+from . import checkpoints
 from .codes import CodeBook, make_codes
 from .config import Sizes
 from .recipes import TEST
@@ -39,8 +41,19 @@ class Source:
     most: int | None = None
     rule: str = "per_level"
 
+    def check(self) -> None:
+        """Refuse sizes and folders that no log can be made of; what a folder holds is not read."""
+        if self.data == WORLD:
+            from ...data import world
+
+            sizes: dict[str, Any] = dict(self.sizes)
+            world.settings(**sizes)
+        elif not Path(self.data).is_dir():
+            raise ValueError(f"data: there is no folder {self.data}")
+
     def log(self, seed: int) -> LiveLog:
         """Make the world of a seed, or read the folder."""
+        self.check()
         if self.data == WORLD:
             from ...data import world
 
@@ -53,8 +66,6 @@ def read_folder(folder: Path) -> LiveLog:
     """Read a log in whichever format it is of that there is a reader for."""
     from ...data import comment_streams, kuailive, live_log
 
-    if not folder.is_dir():
-        raise ValueError(f"data: there is no folder {folder}")
     for reader in (kuailive, comment_streams):
         if reader.recognises(folder):
             return reader.read(folder)
@@ -80,6 +91,7 @@ class Material:
         self.asked, self.test = asked, asked.rows(slice(first, None))
         shares = np.cumsum((0, *self.train.periods))
         self._bounds = [*np.rint(shares * first).astype(int).tolist(), len(asked)]
+        self._bounds[TEST] = first  # the shares are of 1, but for their rounding
         self._feed = Feed(
             asked, self.log, self.codes, self.train.requests, length=self.train.length,
             shuffle=False,
@@ -105,6 +117,18 @@ class Material:
         """Return labels, mask, users and new rooms of the test period."""
         return self.test.labels, self.test.mask, self.test.user, self.test.new_room
 
+    def watched(self) -> tuple[Array, Array]:
+        """Return of the tested requests the seconds watched, and what each candidate showed.
+
+        The seconds are NaN where no click tells them. What a candidate showed is the first two
+        codes of its slice, as one number, -1 without a slice.
+        """
+        log, codes = self.log, self.codes.slice_codes.astype(np.int64)
+        seconds = log.value[self.test.event].astype(np.float64)
+        told = (log.kind[self.test.event] == KINDS.index("click")) & (seconds > 0)
+        tags = np.append(codes[:, 0] * 65_536 + codes[:, min(1, codes.shape[1] - 1)], -1)
+        return np.where(told, seconds, np.nan), tags[self.test.slice]
+
     def facts(self) -> dict[str, Any]:
         """Return what the data are, in numbers; ratios are floats."""
         log, quantizer = self.log, self.codes.quantizer
@@ -126,12 +150,15 @@ class Material:
         }
 
     def _digest(self) -> str:
-        found, asked = hashlib.sha256(), self.asked
-        for array in (
-            self.codes.slice_codes, self.codes.room_codes, asked.user, asked.room, asked.ts,
-            asked.dense, asked.labels, asked.mask, asked.history_end, asked.slice,
-        ):  # fmt: skip
-            found.update(np.ascontiguousarray(array).tobytes())
+        """Name all that batches are made of, and the format of what is kept of their training."""
+        facts = [checkpoints.FORMAT, asdict(self.sizes), self._bounds]
+        found = hashlib.sha256(json.dumps(facts).encode())
+        log, codes = self.log, self.codes
+        columns = [getattr(self.asked, field.name) for field in fields(Requests)]
+        columns += [log.user, log.room, log.author, log.ts, log.kind, log.pos, log.room_author]
+        for array in (*columns, codes.slice_codes, codes.room_codes):
+            found.update(f"{array.dtype} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...modules._row_optimizers import backend_of_rows
 from ...ops.row_update import row_update
 from .config import TrainConfig
 from .ranker import Ranker
@@ -26,6 +27,7 @@ class Optimizers:
         self.adam = torch.optim.AdamW(
             list(self.rest.values()), lr=train.rate, weight_decay=train.decay, fused=True
         )
+        self.backend = backend_of_rows(model.config.backend)
         self.tables = model.sparse_tables()
         self.sums = {name: self.rule.new_state(table) for name, table in self.tables.items()}
 
@@ -46,7 +48,7 @@ class Optimizers:
             grad = table.grad.coalesce()
             row_update(
                 table.detach(), grad.indices()[0], grad.values(), state=self.sums[name],
-                **self.rule.step(),
+                **self.rule.step(), backend=self.backend,
             )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:

@@ -2,58 +2,32 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..._files import replacing
+from .._plots import figure, png
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 _MEDIAN_LIFE = 40  # minutes, in the paper
 
 
 def write_plots(found: dict[str, Any], folder: Path) -> list[Path]:
     """Draw the figures that there are numbers for, and return their files."""
-    import matplotlib
-
     draw = {"1": ("id-norm-by-age", _ages), "4": ("prefixes", _prefixes), "5": ("gate", _gate)}
     made = []
-    with matplotlib.rc_context(_STYLE):
-        for number, (name, paint) in draw.items():
-            if number in found:
-                file = io.BytesIO()
-                paint(found[number]).savefig(file, format="png", dpi=150)
-                path = folder / f"figure-{number}-{name}.png"
-                with replacing(path) as out:
-                    out.write(file.getvalue())
-                made.append(path)
+    for number, (name, paint) in draw.items():
+        if number in found:
+            made.append(folder / f"figure-{number}-{name}.png")
+            with replacing(made[-1]) as out:
+                out.write(png(paint, found[number]))
     return made
-
-
-def _figure(columns: int, width: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def _ages(found: dict[str, list[float]]) -> Any:
     """Norm of the room id's embedding over the room's age."""
-    figure, (axis,) = _figure(1, 6)
+    drawn, (axis,) = figure(6, 3, 1)
     there = np.asarray(found["count"]) > 0
     start, mean = np.asarray(found["start"])[there], np.asarray(found["mean"])[there]
     end = np.append(np.asarray(found["start"])[1:], np.nan)[there]
@@ -67,12 +41,12 @@ def _ages(found: dict[str, list[float]]) -> Any:
         ylim=(0, None),
         xscale="symlog",
     )
-    return figure
+    return drawn
 
 
 def _prefixes(found: dict[str, Any]) -> Any:
     """Cosines of pairs that share a prefix, beside any; and the largest prefixes."""
-    figure, (left, right) = _figure(2, 10)
+    drawn, (left, right) = figure(10, 3, 2)
     bins = np.asarray(found["bins"])
     pair = "a live slice and a video" if found["both domains"] else "two slices"
     for name, colour, label in (
@@ -92,12 +66,12 @@ def _prefixes(found: dict[str, Any]) -> Any:
     right.set_yticks(place, names, fontsize=8)
     right.set(title="Largest prefixes", xlabel="slices")
     right.legend(loc="lower right")
-    return figure
+    return drawn
 
 
 def _gate(found: dict[str, list[float]]) -> Any:
     """Weight of the id by tenths of its norm."""
-    figure, (axis,) = _figure(1, 6)
+    drawn, (axis,) = figure(6, 3, 1)
     mean = np.asarray(found["mean"])
     axis.bar(np.arange(len(mean)), mean, color="#1d4ed8", width=0.7)
     axis.set_xticks(np.arange(len(mean)), [f"{norm:.2f}" for norm in found["start"]], fontsize=8)
@@ -108,4 +82,4 @@ def _gate(found: dict[str, list[float]]) -> Any:
         ylabel="mean weight of the id",
         ylim=(0, 1),
     )
-    return figure
+    return drawn

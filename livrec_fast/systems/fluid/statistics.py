@@ -44,14 +44,16 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Order:
-    """What is expected of two rows' AUC: "<" less, "<=" not greater, "~" equal."""
+    """What is expected of two rows' metric: "<" less, "<=" not greater, "~" equal."""
 
     left: str
     relation: str
     right: str
+    metric: str = "AUC"
 
     def __str__(self) -> str:
-        return f"{self.left} {self.relation} {self.right}"
+        said = f"{self.left} {self.relation} {self.right}"
+        return said if self.metric == "AUC" else f"{self.metric}: {said}"
 
 
 def judge(order: Order, left: Sequence[float], right: Sequence[float], margin: float) -> str:

@@ -1,17 +1,20 @@
-"""The paper's tables beside what was measured: T3, T5 and T7."""
+"""The paper's tables beside what was measured: T3, T4, T5 and T7."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..._files import replacing
+from .evaluation import VIEWS
 from .statistics import Estimate, Order, estimate, judge
 
-METRICS = ("AUC", "logloss", "GAUC", "AUC new rooms", "AUC older rooms", "AUC like", "AUC long")
+METRICS = (
+    "AUC", "logloss", "GAUC", "AUC new rooms", "AUC older rooms", "AUC like", "AUC long", *VIEWS
+)  # fmt: skip
 _SHOWN = ("AUC", "logloss", "AUC new rooms", "AUC older rooms")
 MARGIN = 0.001  # of AUC, within which rows count as equal; the paper's largest gain is 0.0018
 
@@ -22,13 +25,36 @@ Results = Mapping[int, Mapping[str, Mapping[str, float]]]  # by seed and row, th
 class Table:
     """One of the paper's tables.
 
-    rows: by name, what the paper calls it, its AUC and, where it has one, its logloss.
+    rows: by name, what the paper calls it, its AUC and, where it has one, its logloss. changes: of
+    metrics other than the AUC, the paper's changes from the base, by metric and row; where there
+    are any, the table is of these.
     """
 
     name: str
     title: str
     rows: Mapping[str, tuple[str, float, float | None]]
     orders: tuple[Order, ...]
+    changes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+_T3 = {
+    "base": ("baseline (with item ID)", 0.7784, 0.1264),
+    "+slice": ("baseline + slice codes", 0.7801, 0.1263),
+    "-ID": ("baseline w/o item ID", 0.7748, 0.1273),
+    "FLUID": ("w/o item ID, slice & room codes", 0.7802, 0.1262),
+}
+_T4 = {
+    metric: dict(zip(("+slice", "-ID", "FLUID"), changes, strict=True))
+    for metric, changes in (
+        ("quality watch seconds", ("+0.43", "-0.02", "+0.55")),
+        ("quality watch sessions", ("+0.39", "-0.10", "+0.51")),
+        ("cold-start room views", ("+1.15", "+1.58", "+2.05")),
+        ("niche room views", ("+0.69", "+2.23", "+2.87")),
+        ("unique tags", ("+0.55", "+0.20", "+1.63")),
+        ("stay seconds", ("n.s.", "-0.05", "+0.07")),
+    )
+}
+_EXPLORING = ("cold-start room views", "niche room views")  # where -ID is ahead of +slice
 
 
 TABLES = {
@@ -37,18 +63,28 @@ TABLES = {
         Table(
             "T3",
             "Model performance on clicks (the paper's table 3)",
-            {
-                "base": ("baseline (with item ID)", 0.7784, 0.1264),
-                "+slice": ("baseline + slice codes", 0.7801, 0.1263),
-                "-ID": ("baseline w/o item ID", 0.7748, 0.1273),
-                "FLUID": ("w/o item ID, slice & room codes", 0.7802, 0.1262),
-            },
+            _T3,
             (
                 Order("-ID", "<", "base"),
                 Order("base", "<", "+slice"),
                 Order("+slice", "<=", "FLUID"),
                 Order("base", "<", "FLUID"),
             ),
+        ),
+        Table(
+            "T4",
+            "What would be shown first, change in % (for the paper's table 4, an online test)",
+            _T3,
+            tuple(
+                Order(left, "<", right, metric)
+                for metric in _T4
+                for left, right in (
+                    ("+slice", "-ID") if metric in _EXPLORING else ("-ID", "+slice"),
+                    ("+slice", "FLUID"),
+                    ("-ID", "FLUID"),
+                )
+            ),
+            _T4,
         ),
         Table(
             "T5",
@@ -139,10 +175,10 @@ def estimates(table: Table, results: Results) -> dict[str, dict[str, Estimate]]:
 
 
 def verdicts(table: Table, results: Results) -> list[tuple[str, str, Estimate]]:
-    """Return each expected order, what became of it, and the difference of the AUCs, paired."""
+    """Return each expected order, what became of it, and the difference, paired by seed."""
     said = []
     for order in table.orders:
-        left, right = (over_seeds(results, row, "AUC") for row in (order.left, order.right))
+        left, right = (over_seeds(results, row, order.metric) for row in (order.left, order.right))
         gap = estimate([b - a for a, b in zip(left, right, strict=True)])
         said.append((str(order), judge(order, left, right, MARGIN), gap))
         if table.name == "T3":
@@ -160,6 +196,8 @@ def lines(table: Table, results: Results) -> list[list[str]]:
     The gain over the base is in percent of the base's AUC, paired by seed, as is the paper's. The
     last two are AUC on rooms that had no event before the split, and on the others.
     """
+    if table.changes:
+        return _changes(table, results)
     found = estimates(table, results)
     base, of_paper = over_seeds(results, "base", "AUC"), table.rows["base"][1]
     made = [["row", "paper", "gain", "AUC", "gain, %", "logloss", "new rooms", "older"]]
@@ -173,6 +211,23 @@ def lines(table: Table, results: Results) -> list[list[str]]:
                 shown(values[0]), f"{gains.mean:+.2f}±{gains.half:.2f}", *map(shown, values[1:]),
             ]
         )  # fmt: skip
+    return made
+
+
+def _changes(table: Table, results: Results) -> list[list[str]]:
+    """Return the changes from the base, in percent and paired by seed, beside the paper's."""
+    arms = [row for row in table.rows if row != "base"]
+    made = [["metric", *(head for row in arms for head in (row, "paper"))]]
+    for metric, of_paper in table.changes.items():
+        base, cells = over_seeds(results, "base", metric), [metric]
+        for row in arms:
+            own = over_seeds(results, row, metric)
+            nothing = float("nan")  # is 0 changed by, in percent
+            change = estimate(
+                [100 * (a - b) / b if b else nothing for a, b in zip(own, base, strict=True)]
+            )
+            cells += [f"{change.mean:+.2f}±{change.half:.2f}", of_paper[row]]
+        made.append(cells)
     return made
 
 
