@@ -47,7 +47,9 @@ def _backward(
 
 
 def _dense(rows: Tensor, sums: Tensor, table: Tensor) -> Tensor:
-    """Return a table's gradient, zeros but for the rows that were read."""
+    """Return a table's gradient, zeros but for the rows that were read, which ascend."""
+    if len(rows) == len(table):
+        return sums.to(table.dtype)
     made = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
     return made.index_copy_(0, rows, sums.to(table.dtype))
 
