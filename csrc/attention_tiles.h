@@ -22,6 +22,10 @@ struct Stretch {
   LIVREC_INLINE const uint16_t* halves(int64_t i) const {
     return static_cast<const uint16_t*>(first) + i * stride;
   }
+  LIVREC_INLINE const void* at(int64_t i) const {
+    if (type == TableType::f32) return floats(i);
+    return halves(i);
+  }
 };
 
 // Items [at, at + count) of a group of x [items, groups, dim].
@@ -32,6 +36,15 @@ inline Stretch stretch_of(const void* x, TableType type, int64_t groups, int64_t
   return {first, type, stride, count, dim, padded};
 }
 
+inline Stretch keys_of(const AttentionPiece& piece, int64_t group, int64_t at, int64_t count) {
+  return stretch_of(piece.k, piece.type, piece.groups, group, at, count, piece.dim, piece.padded);
+}
+
+inline Stretch values_of(const AttentionPiece& piece, int64_t group, int64_t at, int64_t count) {
+  return stretch_of(piece.v, piece.type, piece.groups, group, at, count, piece.value_dim,
+                    piece.value_padded);
+}
+
 struct Panel {
   const float* rows;
   int64_t stride;
@@ -40,14 +53,8 @@ struct Panel {
 // In float32 and whole vectors: as they lie, or padded with zeros in `space` [count, padded].
 inline Panel panel_of(const Stretch& x, float* space) {
   if (x.type == TableType::f32 && x.dim == x.padded) return {x.floats(0), x.stride};
-  for (int64_t i = 0; i < x.count; ++i) {
-    float* out = space + i * x.padded;
-    if (x.type == TableType::f32)
-      for (int64_t d = 0; d < x.dim; ++d) out[d] = x.floats(i)[d];
-    else
-      widen_row(x.halves(i), x.type == TableType::f16, x.dim, out);
-    for (int64_t d = x.dim; d < x.padded; ++d) out[d] = 0.0f;
-  }
+  for (int64_t i = 0; i < x.count; ++i)
+    pad_row(x.at(i), x.type, 0, x.dim, x.padded, space + i * x.padded);
   return {space, x.padded};
 }
 
@@ -77,6 +84,14 @@ struct Ahead {
 
   LIVREC_INLINE void ask_rest() { ask(INT64_MAX); }
 };
+
+LIVREC_INLINE Ahead ahead_of(const AttentionPiece& piece, int64_t group, int64_t at) {
+  Ahead ahead{};
+  ahead.share(0, piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
+  if (!piece.shared)
+    ahead.share(1, piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
+  return ahead;
+}
 
 LIVREC_INLINE Halves load_halves(const uint16_t* from) {
   return *reinterpret_cast<const LooseHalves*>(from);

@@ -340,18 +340,12 @@ struct Totals {
 void gather_row(const void* table, TableType type, int64_t row, int64_t heads, int64_t dim,
                 int64_t padded, float* out) {
   const auto* floats = static_cast<const float*>(table) + row * heads * dim;
-  const auto* halves = static_cast<const uint16_t*>(table) + row * heads * dim;
   if (type == TableType::f32 && dim == padded) {  // padded to whole vectors
     for (int64_t d = 0; d < heads * dim; d += kLanes) store(out + d, load(floats + d));
     return;
   }
-  for (int64_t h = 0; h < heads; ++h, out += padded, floats += dim, halves += dim) {
-    if (type == TableType::f32)
-      for (int64_t d = 0; d < dim; ++d) out[d] = floats[d];
-    else
-      widen_row(halves, type == TableType::f16, dim, out);
-    for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
-  }
+  for (int64_t h = 0; h < heads; ++h, out += padded)
+    pad_row(table, type, row * heads + h, dim, padded, out);
 }
 
 }  // namespace
@@ -481,14 +475,7 @@ void code_columns(const CodeBlock& block, const float* sums, const float* const*
 
 void code_narrow(const float* x, int64_t count, int64_t dim, int64_t padded, TableType type,
                  void* out) {
-  auto* floats = static_cast<float*>(out);
-  auto* halves = static_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < count; ++i, x += padded, floats += dim, halves += dim) {
-    if (type == TableType::f32)
-      for (int64_t d = 0; d < dim; ++d) floats[d] = x[d];
-    else
-      narrow_row(x, type == TableType::f16, dim, halves);
-  }
+  narrow_padded(x, type, count, dim, padded, out);
 }
 
 }  // namespace LIVREC_ISA

@@ -40,7 +40,7 @@ struct CodeCall {
     q = torch::stable::contiguous(q_given);
     users = q.size(0), candidates = q.size(1), heads = q.size(2), dim = q.size(3);
     value_dim = value_given[0].size(2);
-    type = table_type(q.scalar_type());
+    type = float_type(q.scalar_type(), "q");
     std::vector<int64_t> rows;
     for (size_t f = 0; f < key_given.size(); ++f) {
       const Tensor &key = key_given[f], &value = value_given[f];

@@ -13,15 +13,6 @@ struct Logits {
   const DinHistory& history;
   float *space, *logits;
 
-  template <DinActivation kKind>
-  void run() const {
-    for (int64_t first = 0; first < history.items; first += kBlock)
-      if (history.items - first > kLanes)
-        block<kKind, kVectors>(first);
-      else
-        block<kKind, 1>(first);
-  }
-
   template <DinActivation kKind, int V>
   void block(int64_t first) const {
     const float* x = history.columns + first * unit.dim;
@@ -65,27 +56,12 @@ DinShape din_shape() { return {kLanes, kTile, kBlock}; }
 
 void din_widen(const void* x, TableType type, int64_t count, int64_t dim, int64_t padded,
                float* out) {
-  const auto* floats = static_cast<const float*>(x);
-  const auto* halves = static_cast<const uint16_t*>(x);
-  for (int64_t i = 0; i < count; ++i, floats += dim, halves += dim, out += padded) {
-    if (type == TableType::f32)
-      for (int64_t d = 0; d < dim; ++d) out[d] = floats[d];
-    else
-      widen_row(halves, type == TableType::f16, dim, out);
-    for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
-  }
+  for (int64_t i = 0; i < count; ++i) pad_row(x, type, i, dim, padded, out + i * padded);
 }
 
 void din_narrow(const float* x, TableType type, int64_t count, int64_t dim, int64_t padded,
                 void* out) {
-  auto* floats = static_cast<float*>(out);
-  auto* halves = static_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < count; ++i, x += padded, floats += dim, halves += dim) {
-    if (type == TableType::f32)
-      for (int64_t d = 0; d < dim; ++d) floats[d] = x[d];
-    else
-      narrow_row(x, type == TableType::f16, dim, halves);
-  }
+  narrow_padded(x, type, count, dim, padded, out);
 }
 
 void din_columns(const float* rows, int64_t items, int64_t dim, int64_t padded, float* out) {
@@ -113,7 +89,7 @@ void din_begin(const DinUnit& unit, const float* q, float* matrix, float* start)
 
 void din_logits(const DinUnit& unit, const float* matrix, const float* start,
                 const DinHistory& history, float* space, float* logits) {
-  by_activation(unit.activation, Logits{unit, matrix, start, history, space, logits});
+  each_block(unit.activation, history.items, Logits{unit, matrix, start, history, space, logits});
 }
 
 void din_softmax(float* weights, int64_t items) {

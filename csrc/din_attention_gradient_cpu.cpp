@@ -99,15 +99,6 @@ struct Backward {
   float* out(int64_t layer) const { return raw(layer) + unit.widest * kBlock; }
   float* grad(int64_t which) const { return raw(unit.depth) + which * unit.widest * kBlock; }
 
-  template <DinActivation kKind>
-  void run() const {
-    for (int64_t first = 0; first < history.items; first += kBlock)
-      if (history.items - first > kLanes)
-        block<kKind, kVectors>(first);
-      else
-        block<kKind, 1>(first);
-  }
-
   template <DinActivation kKind, int V>
   void block(int64_t first) const {
     const int64_t items = least(history.items - first, kBlock);
@@ -206,8 +197,9 @@ void din_backward(const DinUnit& unit, const DinGradient& gradient, const float*
                   const float* matrix_back, const float* start, const DinHistory& history,
                   const float* flow, const DinSums& sums, float* columns, float* logits,
                   float* space) {
-  by_activation(unit.activation, Backward{unit, gradient, matrix, matrix_back, start, history, flow,
-                                          sums, columns, logits, space});
+  each_block(unit.activation, history.items,
+             Backward{unit, gradient, matrix, matrix_back, start, history, flow, sums, columns,
+                      logits, space});
 }
 
 double din_dots(const DinHistory& history, const float* grad, float* out) {

@@ -13,19 +13,19 @@ constexpr int64_t kGroups = 16;  // sums are added up in so many parts, whatever
 // A call whose unit is packed for the way back, too.
 class DinBackCall : public DinCall {
  public:
-  template <typename... Args>
-  explicit DinBackCall(const std::vector<Tensor>& weights, const Args&... args) : DinCall(args...) {
-    const DinMatrix first(weights[0]);
-    const DinMatrix plain = first.combined(dim, -1.0f, 2 * dim, dim).transposed(),
-                    product = first.combined(3 * dim, 0.0f, -1, dim).transposed(),
-                    query = first.combined(0, 1.0f, 2 * dim, dim).transposed();
-    gradient.plain_back = hold(plain.tiled(shape.lanes, shape.tile));
+  DinBackCall(const Tensor& q_given, const Tensor& k_given, const Optional& v_given,
+              const Tensor& offsets_given, const DinParts& parts, bool softmax_given,
+              const Optional& q_offsets_given)
+      : DinCall(q_given, k_given, v_given, offsets_given, parts, softmax_given, q_offsets_given) {
+    const DinFirstLayer first(parts.weights[0], dim);
+    const DinMatrix product = first.product.transposed(), query = first.query.transposed();
+    gradient.plain_back = hold(first.plain.transposed().tiled(shape.lanes, shape.tile));
     gradient.product_back = hold(product.tiled(shape.lanes, shape.tile));
     gradient.product_rows = hold(product.padded(shape.lanes, shape.lanes));
     gradient.query_rows = hold(query.padded(shape.lanes, shape.lanes));
     for (size_t l = 1; l < layers_.size(); ++l)
       layers_[l].weights_back =
-          hold(DinMatrix(weights[l]).transposed().tiled(shape.lanes, shape.tile));
+          hold(DinMatrix(parts.weights[l]).transposed().tiled(shape.lanes, shape.tile));
   }
   DinGradient gradient{};
 };
@@ -71,13 +71,14 @@ class Gradient {
         grad_(torch::stable::contiguous(grad)),
         grad_q(zeros_like(call.q)),
         grad_k(zeros_like(call.k)),
-        grad_v(zeros_like(call.v)),
+        grad_v(call.has_values ? zeros_like(call.v) : grad_k),
         plan_(call,
               call.users >= kGroups ? INT64_MAX / 2
                                     : std::max<int64_t>((call.asking + kGroups - 1) / kGroups, 1),
               kGroups),
         kept_(plan_.tasks.size()) {
     STD_TORCH_CHECK(grad_.numel() == call.asking * call.value_dim &&
+                        grad_.size(-1) == call.value_dim &&
                         grad_.scalar_type() == call.q.scalar_type(),
                     "grads: must be of the output's shape and dtype");
     first_ = call.unit.layers[0].wide * call.unit.padded;
@@ -108,7 +109,7 @@ class Gradient {
   const DinBackCall& call_;
   const Sums sums_;
   const Tensor grad_;
-  Tensor grad_q, grad_k, grad_v;
+  Tensor grad_q, grad_k, grad_v;  // v's is k's where there is no v
   DinSums total{};
   const float *product = nullptr, *query = nullptr;
   float last_bias = 0.0f;
@@ -261,6 +262,7 @@ DinMatrix part(const float* from, int64_t rows, int64_t columns, int64_t stride)
   return made;
 }
 
+// needs: of q, k, v if given, offsets, the parts list by list, and q_offsets if given.
 std::vector<Tensor> din_attention_backward(
     const std::vector<Optional>& grads, const Tensor& q, const Tensor& k, const Optional& v,
     const Tensor& offsets, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
@@ -269,14 +271,16 @@ std::vector<Tensor> din_attention_backward(
     const Optional& q_offsets, const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   STD_TORCH_CHECK(grads.size() == 1 && grads[0].has_value() && outputs.size() == 1,
                   "grads: must be that of the output");
-  const DinBackCall call(weights, q, k, v, offsets, weights, biases, slopes, gains, shifts,
-                         activation, softmax, q_offsets);
+  const DinParts parts{weights, biases, slopes, gains, shifts, activation};
+  size_t tensors = size_t{3} + v.has_value() + q_offsets.has_value();
+  for (const std::vector<Tensor>* list : parts.lists()) tensors += list->size();
+  check_needs(needs, tensors);
+  const DinBackCall call(q, k, v, offsets, parts, softmax, q_offsets);
   Gradient gradient(call, *grads[0]);
   gradient.run();
   std::vector<Tensor> found;
   size_t number = 0;
   const auto give = [&](const auto& make) {
-    STD_TORCH_CHECK(number < needs.size(), "needs: must be one per tensor");
     if (needs[number++]) found.push_back(make());
   };
   give([&] { return gradient.grad_q; });

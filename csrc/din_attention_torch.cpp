@@ -11,8 +11,8 @@ Tensor din_attention(const Tensor& q, const Tensor& k, const Optional& v, const 
                      const std::vector<Tensor>& slopes, const std::vector<Tensor>& gains,
                      const std::vector<Tensor>& shifts, const Text& activation, bool softmax,
                      const Optional& q_offsets) {
-  const DinCall call(q, k, v, offsets, weights, biases, slopes, gains, shifts, activation, softmax,
-                     q_offsets);
+  const DinCall call(q, k, v, offsets, {weights, biases, slopes, gains, shifts, activation},
+                     softmax, q_offsets);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < q.dim(); ++i) sizes.push_back(q.size(i));
   sizes.push_back(call.value_dim);

@@ -60,20 +60,51 @@ struct DinMatrix {
   }
 };
 
+// What a unit is made of, as it is given.
+struct DinParts {
+  const std::vector<Tensor>&weights, &biases, &slopes, &gains, &shifts;
+  const Text& activation;
+
+  std::vector<const std::vector<Tensor>*> lists() const {
+    return {&weights, &biases, &slopes, &gains, &shifts};
+  }
+};
+
+inline DinActivation din_activation(const Text& name) {
+  STD_TORCH_CHECK(
+      name == "sigmoid" || name == "relu" || name == "silu" || name == "prelu" || name == "dice",
+      "activation: must be sigmoid, relu, silu, prelu or dice, got ", name);
+  return name == "sigmoid" ? DinActivation::sigmoid
+         : name == "relu"  ? DinActivation::relu
+         : name == "silu"  ? DinActivation::silu
+         : name == "prelu" ? DinActivation::prelu
+                           : DinActivation::dice;
+}
+
+// The first layer as a candidate takes it: B - D, P and A + D, [d, h_1] each; see din_attention.h.
+struct DinFirstLayer {
+  DinMatrix plain, product, query;
+
+  DinFirstLayer(const Tensor& weights, int64_t dim) {
+    const DinMatrix all(weights);
+    plain = all.combined(dim, -1.0f, 2 * dim, dim);
+    product = all.combined(3 * dim, 0.0f, -1, dim);
+    query = all.combined(0, 1.0f, 2 * dim, dim);
+  }
+};
+
 // The arguments of a call, checked, and as the kernels read them.
 class DinCall {
  public:
   DinCall(const Tensor& q_given, const Tensor& k_given, const Optional& v_given,
-          const Tensor& offsets_given, const std::vector<Tensor>& weights_given,
-          const std::vector<Tensor>& biases_given, const std::vector<Tensor>& slopes_given,
-          const std::vector<Tensor>& gains_given, const std::vector<Tensor>& shifts_given,
-          const Text& activation, bool softmax_given, const Optional& q_offsets_given)
+          const Tensor& offsets_given, const DinParts& parts, bool softmax_given,
+          const Optional& q_offsets_given)
       : q(torch::stable::contiguous(q_given)),
         k(torch::stable::contiguous(k_given)),
         has_values(v_given.has_value()),
         v(has_values ? torch::stable::contiguous(*v_given) : k),
         offsets(offsets_given, k.size(0)),
-        type(table_type(q.scalar_type())),
+        type(float_type(q.scalar_type(), "q")),
         shape(LIVREC_CALL(din_shape)),
         softmax(softmax_given) {
     STD_TORCH_CHECK(q.dim() == (q_offsets_given ? 2 : 3) && k.dim() == 2 && v.dim() == 2,
@@ -82,7 +113,7 @@ class DinCall {
     asking = q.numel() / std::max<int64_t>(dim, 1);
     STD_TORCH_CHECK(dim > 0 && value_dim > 0 && q.size(q.dim() - 1) == dim &&
                         v.size(0) == k.size(0) && k.scalar_type() == q.scalar_type() &&
-                        v.scalar_type() == q.scalar_type() && type != TableType::i8,
+                        v.scalar_type() == q.scalar_type(),
                     "k, v: must be rows of q's dtype");
     if (q_offsets_given) {
       const Offsets jagged(q_offsets_given, asking);
@@ -92,7 +123,7 @@ class DinCall {
       STD_TORCH_CHECK(q.size(0) == users, "offsets: must be [B + 1]");
       for (int64_t user = 0; user <= users; ++user) starts.push_back(user * q.size(1));
     }
-    read_layers(weights_given, biases_given, slopes_given, gains_given, shifts_given, activation);
+    read_layers(parts);
   }
 
   int64_t items_of(int64_t user) const { return offsets.data[user + 1] - offsets.data[user]; }
@@ -110,57 +141,60 @@ class DinCall {
   DinUnit unit{};
 
  protected:
-  void read_layers(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                   const std::vector<Tensor>& slopes, const std::vector<Tensor>& gains,
-                   const std::vector<Tensor>& shifts, const Text& activation) {
-    const size_t depth = weights.size() - 1;
-    const bool sloped = activation == "prelu" || activation == "dice", gated = activation == "dice";
-    STD_TORCH_CHECK(weights.size() >= 2 && biases.size() == weights.size() &&
-                        slopes.size() == (sloped ? depth : 0) &&
-                        gains.size() == (gated ? depth : 0) && shifts.size() == gains.size(),
+  // Checks that parts are as many and as typed as the activation and q have them.
+  void check_parts(const DinParts& parts) const {
+    const size_t depth = parts.weights.size() - 1;
+    const bool gated = unit.activation == DinActivation::dice,
+               sloped = gated || unit.activation == DinActivation::prelu;
+    STD_TORCH_CHECK(parts.weights.size() >= 2 && parts.biases.size() == parts.weights.size() &&
+                        parts.slopes.size() == (sloped ? depth : 0) &&
+                        parts.gains.size() == (gated ? depth : 0) &&
+                        parts.shifts.size() == parts.gains.size(),
                     "weights: must be two or more, with a bias each; slopes, gains, shifts: one "
                     "per hidden layer where the activation has them");
-    unit.activation = activation == "sigmoid" ? DinActivation::sigmoid
-                      : activation == "relu"  ? DinActivation::relu
-                      : activation == "silu"  ? DinActivation::silu
-                      : activation == "prelu" ? DinActivation::prelu
-                                              : DinActivation::dice;
+    for (const std::vector<Tensor>* list : parts.lists())
+      for (const Tensor& one : *list)
+        STD_TORCH_CHECK(
+            one.scalar_type() == q.scalar_type() && one.dim() == (list == &parts.weights ? 2 : 1),
+            "weights, biases, slopes, gains, shifts: must be [in, out] and [out] of q's dtype");
+  }
+
+  void read_layers(const DinParts& parts) {
+    unit.activation = din_activation(parts.activation);
+    check_parts(parts);
+    const std::vector<Tensor>& weights = parts.weights;
+    const size_t depth = weights.size() - 1;
     held_.reserve(16 * weights.size());
     int64_t in = 4 * dim;
     for (size_t l = 0; l < weights.size(); ++l) {
-      STD_TORCH_CHECK(weights[l].dim() == 2 && weights[l].size(0) == in && weights[l].size(1) > 0 &&
-                          biases[l].numel() == weights[l].size(1),
+      STD_TORCH_CHECK(weights[l].size(0) == in && weights[l].size(1) > 0 &&
+                          parts.biases[l].size(0) == weights[l].size(1),
                       "weights: layer ", static_cast<int64_t>(l), " must take what is given it");
       in = weights[l].size(1);
-      if (l < depth) {
-        const auto row = [&](const std::vector<Tensor>& given) -> const float* {
-          if (given.empty()) return nullptr;
-          STD_TORCH_CHECK(given[l].numel() == in, "slopes, gains, shifts: must be one per unit");
-          return hold(DinMatrix(given[l]).padded(shape.lanes, 1));
-        };
-        DinLayer layer{weights[l].size(0), in,          padded(in), nullptr,    nullptr,
-                       row(biases),        row(slopes), row(gains), row(shifts)};
-        if (l == 0) layer.in = dim;
-        layers_.push_back(layer);
-        unit.widest = std::max(unit.widest, layer.wide);
-      }
+      if (l == depth) break;
+      const auto row = [&](const std::vector<Tensor>& given) -> const float* {
+        if (given.empty()) return nullptr;
+        STD_TORCH_CHECK(given[l].size(0) == in, "slopes, gains, shifts: must be one per unit");
+        return hold(DinMatrix(given[l]).padded(shape.lanes, 1));
+      };
+      layers_.push_back({l == 0 ? dim : weights[l].size(0), in, padded(in), nullptr, nullptr,
+                         row(parts.biases), row(parts.slopes), row(parts.gains),
+                         row(parts.shifts)});
+      unit.widest = std::max(unit.widest, layers_.back().wide);
     }
     STD_TORCH_CHECK(in == 1, "weights: the last must give one number");
     pack(weights);
     unit.last = hold(DinMatrix(weights[depth]).padded(shape.lanes, 1));
-    unit.last_bias = DinMatrix(biases[depth]).data[0];
+    unit.last_bias = DinMatrix(parts.biases[depth]).data[0];
     unit.dim = dim, unit.padded = padded(dim);
     unit.layers = layers_.data(), unit.depth = static_cast<int64_t>(depth);
   }
 
   void pack(const std::vector<Tensor>& weights) {
-    const DinMatrix first(weights[0]);
-    const DinMatrix plain = first.combined(dim, -1.0f, 2 * dim, dim),
-                    product = first.combined(3 * dim, 0.0f, -1, dim),
-                    query = first.combined(0, 1.0f, 2 * dim, dim);
-    unit.plain = hold(plain.tiled(shape.lanes, shape.tile));
-    unit.product = hold(product.tiled(shape.lanes, shape.tile));
-    unit.query = hold(query.padded(1, shape.lanes));
+    const DinFirstLayer first(weights[0], dim);
+    unit.plain = hold(first.plain.tiled(shape.lanes, shape.tile));
+    unit.product = hold(first.product.tiled(shape.lanes, shape.tile));
+    unit.query = hold(first.query.padded(1, shape.lanes));
     for (size_t l = 1; l < layers_.size(); ++l)
       layers_[l].weights = hold(DinMatrix(weights[l]).tiled(shape.lanes, shape.tile));
   }

@@ -87,20 +87,31 @@ LIVREC_INLINE void last_layer(const DinUnit& unit, const float* x, Floats* logit
     for (int v = 0; v < V; ++v) logits[v] += unit.last[j] * load(x + j * kBlock + v * kLanes);
 }
 
-// Calls visit.run<kind>() for the unit's activation.
+// Calls visit.block<kind, vectors>(first) for every block of items, with as many vectors as it
+// needs.
+template <DinActivation kKind, typename Visit>
+LIVREC_INLINE void each_block(int64_t items, const Visit& visit) {
+  for (int64_t first = 0; first < items; first += kBlock)
+    if (items - first > kLanes)
+      visit.template block<kKind, kVectors>(first);
+    else
+      visit.template block<kKind, 1>(first);
+}
+
+// The same, for the unit's activation.
 template <typename Visit>
-LIVREC_INLINE void by_activation(DinActivation kind, const Visit& visit) {
+LIVREC_INLINE void each_block(DinActivation kind, int64_t items, const Visit& visit) {
   switch (kind) {
     case DinActivation::sigmoid:
-      return visit.template run<DinActivation::sigmoid>();
+      return each_block<DinActivation::sigmoid>(items, visit);
     case DinActivation::relu:
-      return visit.template run<DinActivation::relu>();
+      return each_block<DinActivation::relu>(items, visit);
     case DinActivation::silu:
-      return visit.template run<DinActivation::silu>();
+      return each_block<DinActivation::silu>(items, visit);
     case DinActivation::prelu:
-      return visit.template run<DinActivation::prelu>();
+      return each_block<DinActivation::prelu>(items, visit);
     default:
-      return visit.template run<DinActivation::dice>();
+      return each_block<DinActivation::dice>(items, visit);
   }
 }
 

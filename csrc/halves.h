@@ -119,6 +119,31 @@ inline void narrow_row(const float* row, bool to_f16, int64_t count, uint16_t* o
   for (; i < count; ++i) out[i] = to_f16 ? f16_of(row[i]) : bf16_of(row[i]);
 }
 
+// Row `at` of x [rows, dim] in float32, with zeros up to `padded`.
+template <typename Type>
+inline void pad_row(const void* x, Type type, int64_t at, int64_t dim, int64_t padded, float* out) {
+  const auto* floats = static_cast<const float*>(x) + at * dim;
+  if (type == Type::f32)
+    for (int64_t d = 0; d < dim; ++d) out[d] = floats[d];
+  else
+    widen_row(static_cast<const uint16_t*>(x) + at * dim, type == Type::f16, dim, out);
+  for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
+}
+
+// x [count, padded] to [count, dim] of `type`.
+template <typename Type>
+inline void narrow_padded(const float* x, Type type, int64_t count, int64_t dim, int64_t padded,
+                          void* out) {
+  auto* floats = static_cast<float*>(out);
+  auto* halves = static_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < count; ++i, x += padded, floats += dim, halves += dim) {
+    if (type == Type::f32)
+      for (int64_t d = 0; d < dim; ++d) floats[d] = x[d];
+    else
+      narrow_row(x, type == Type::f16, dim, halves);
+  }
+}
+
 }  // namespace
 }  // namespace LIVREC_ISA
 }  // namespace livrec

@@ -14,6 +14,31 @@ inline int64_t grad_row(const PrefixGradient& job, int64_t item) {
   return job.history ? job.history[item] : item;
 }
 
+// One past the last item of a chunk.
+inline int64_t end_of(const PrefixGradient& job, int64_t chunk) {
+  return least((chunk + 1) * kRunChunk, job.codes.items);
+}
+
+// Of the part of a gradient's row that the levels read.
+inline int64_t width_of(const PrefixGradient& job) {
+  int64_t width = 0;
+  for (int64_t l = 0; l < job.codes.level_count; ++l) {
+    const int64_t end = job.codes.levels[l].column + job.codes.levels[l].dim;
+    width = end > width ? end : width;
+  }
+  return width;
+}
+
+inline int64_t grad_size(const PrefixGradient& job) {
+  return job.grad_type == TableType::f32 ? 4 : 2;
+}
+
+// The gradient of the item at place `at` of the order, as it lies.
+inline const char* grad_at(const PrefixGradient& job, int64_t at) {
+  return static_cast<const char*>(job.grad) +
+         grad_row(job, job.order[at]) * job.grad_stride * grad_size(job);
+}
+
 // An item's gradient in float32: as it lies, or in `space`.
 inline const float* grad_of(const PrefixGradient& job, int64_t item, int64_t width, float* space) {
   const int64_t row = grad_row(job, item);

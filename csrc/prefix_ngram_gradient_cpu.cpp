@@ -65,8 +65,7 @@ void end_runs(const PrefixGradient& job, int64_t from, float** to) {
 }  // namespace
 
 void prefix_gradient_count(const PrefixGradient& job, int64_t chunk, int64_t* counts) {
-  const int64_t begin = chunk * kRunChunk;
-  const int64_t end = begin + kRunChunk < job.codes.items ? begin + kRunChunk : job.codes.items;
+  const int64_t begin = chunk * kRunChunk, end = end_of(job, chunk);
   for (int64_t l = 0; l < job.codes.level_count; ++l) counts[l] = 0;
   for (int64_t at = begin; at < end; ++at) {
     const Step step = step_at(job, at);
@@ -76,24 +75,18 @@ void prefix_gradient_count(const PrefixGradient& job, int64_t chunk, int64_t* co
 
 void prefix_gradient_add(const PrefixGradient& job, int64_t chunk, const PrefixRuns& runs,
                          float* scratch) {
-  const int64_t begin = chunk * kRunChunk, depth = job.codes.level_count;
-  const int64_t end = begin + kRunChunk < job.codes.items ? begin + kRunChunk : job.codes.items;
+  const int64_t begin = chunk * kRunChunk, end = end_of(job, chunk), depth = job.codes.level_count;
+  const int64_t width = width_of(job);
   float* to[kMostLevels] = {};
-  int64_t width = 0, carry = 0;
+  int64_t carry = 0;
   const Step first = step_at(job, begin);
   for (int64_t l = 0; l < depth; ++l) {
-    const PrefixLevel& level = job.codes.levels[l];
-    if (level.column + level.dim > width) width = level.column + level.dim;
     if (l < first.fresh) to[l] = runs.carries + carry;
-    carry += level.dim;
+    carry += job.codes.levels[l].dim;
   }
   for (int64_t at = begin; at < end; ++at) {
     const Step step = step_at(job, at);
-    if (at + kAhead < end) {
-      const int64_t row = grad_row(job, job.order[at + kAhead]) * job.grad_stride;
-      const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
-      fetch(static_cast<const char*>(job.grad) + row * size, width * size);
-    }
+    if (at + kAhead < end) fetch(grad_at(job, at + kAhead), width * grad_size(job));
     const float* grad = grad_of(job, step.item, width, scratch);
     if (job.sum) end_runs(job, step.fresh, to);
     begin_runs(job, at, step, runs, to);

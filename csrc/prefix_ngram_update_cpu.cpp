@@ -10,12 +10,6 @@ namespace {
 constexpr int64_t kBlock = 16;      // items that are gone through level by level, from the cache
 constexpr int64_t kRowsAhead = 16;  // runs whose rows are asked for before they are updated
 
-// One past the last item of a chunk.
-int64_t end_of(const PrefixGradient& job, int64_t chunk) {
-  const int64_t end = (chunk + 1) * kRunChunk;
-  return end < job.codes.items ? end : job.codes.items;
-}
-
 // The runs of a level, as a chunk is gone through.
 struct LevelRuns {
   const RowUpdate* table;
@@ -73,20 +67,6 @@ void add_block(LevelRuns& runs, int64_t level, const PrefixPlan& plan, const Blo
     copy(runs.sum, dim, runs.tail);
     runs.sum = runs.tail;
   }
-}
-
-int64_t width_of(const PrefixGradient& job) {
-  int64_t width = 0;
-  for (int64_t l = 0; l < job.codes.level_count; ++l) {
-    const int64_t end = job.codes.levels[l].column + job.codes.levels[l].dim;
-    width = end > width ? end : width;
-  }
-  return width;
-}
-
-const char* grad_at(const PrefixGradient& job, int64_t at) {
-  const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
-  return static_cast<const char*>(job.grad) + grad_row(job, job.order[at]) * job.grad_stride * size;
 }
 
 }  // namespace
@@ -159,7 +139,7 @@ void prefix_update_chunk(const PrefixGradient& job, int64_t chunk, const PrefixU
       if (*row >= 0) ask(table, *row);
     place += table.dim;
   }
-  const int64_t size = job.grad_type == TableType::f32 ? 4 : 2;
+  const int64_t size = grad_size(job);
   Block block;
   for (int64_t at = begin; at < begin + kBlock && at < end; ++at)
     fetch(grad_at(job, at), width * size);

@@ -189,9 +189,6 @@ void prefix_ngram_update(const std::vector<Tensor>& tables, const std::vector<Te
     rows.push_back(tables[l].size(0)), dims.push_back(tables[l].size(1));
   }
   const bool sum = mode == "sum";
-  STD_TORCH_CHECK(
-      !sum || std::all_of(dims.begin(), dims.end(), [&](int64_t dim) { return dim == dims[0]; }),
-      "tables: mode sum needs one d");
   const UpstreamGradient given(grad, codes, Levels(sizes, rows, dims, groups, sum, hashing), sizes,
                                sum, offsets, pool, packed);
   std::vector<std::unique_ptr<GroupUpdate>> updates;  // all codes are checked before a row changes

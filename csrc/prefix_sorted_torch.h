@@ -120,7 +120,7 @@ class UpstreamGradient {
     STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == rows && grad_.size(1) == levels_.width,
                     "grad: must have the shape of the lookup");
     job_.grad = grad_.const_data_ptr();
-    job_.grad_type = table_type(grad_.scalar_type());
+    job_.grad_type = float_type(grad_.scalar_type(), "grad");
     job_.grad_stride = grad_.stride(0);
     job_.sum = sum;
     job_.history = offsets_.data ? history_.data() : nullptr;

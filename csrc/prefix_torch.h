@@ -24,6 +24,14 @@ inline TableType table_type(ScalarType type) {
                                     : TableType::bf16;
 }
 
+// Numbers that are read as they are; int8 would need scales.
+inline TableType float_type(ScalarType type, const char* name) {
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+      ": must be float32, float16 or bfloat16");
+  return table_type(type);
+}
+
 inline CodeType code_type(const Tensor& codes, bool packed) {
   const auto type = codes.scalar_type();
   if (packed) {
@@ -71,6 +79,9 @@ struct Levels {
                         std::accumulate(groups.begin(), groups.end(), int64_t{0}) ==
                             static_cast<int64_t>(sizes.size()),
                     "levels: need a table each, and groups that add up to them");
+    STD_TORCH_CHECK(
+        !sum || std::all_of(dims.begin(), dims.end(), [&](int64_t dim) { return dim == dims[0]; }),
+        "tables: mode sum needs one d");
     size_t group = 0, left = 0;
     uint64_t keys = 1;
     for (size_t l = 0; l < sizes.size(); ++l) {

@@ -170,12 +170,14 @@ LIVREC_INLINE void transpose_lanes(Floats* rows) {
 #endif
 }
 
-// out [dim, width] = the transpose of rows [count, dim], where load_at(i, d) gives kLanes numbers
-// of row i from d on; columns past count are zeros. Both width and dim are multiples of kLanes.
-// What else there is to do meanwhile, between() does after every block of kLanes by kLanes.
+// Nothing else to do meanwhile.
 struct Nothing {
   LIVREC_INLINE void operator()() const {}
 };
+
+// out [dim, width] = the transpose of rows [count, dim], where load_at(i, d) gives kLanes numbers
+// of row i from d on; columns past count are zeros. Both width and dim are multiples of kLanes.
+// What else there is to do meanwhile, between() does after every block of kLanes by kLanes.
 template <typename LoadAt, typename Between = Nothing>
 LIVREC_INLINE void transpose(const LoadAt& load_at, int64_t count, int64_t dim, float* out,
                              int64_t width, const Between& between = {}) {

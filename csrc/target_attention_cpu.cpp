@@ -49,13 +49,8 @@ void target_attention_widen(const void* x, TableType type, int64_t candidates, i
                             int64_t dim, int64_t padded, float factor, float* out) {
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t c = 0; c < candidates; ++c, out += padded) {
-      const int64_t first = (c * heads + h) * dim;
-      if (type == TableType::f32)
-        for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<const float*>(x)[first + d];
-      else
-        widen_row(static_cast<const uint16_t*>(x) + first, type == TableType::f16, dim, out);
+      pad_row(x, type, c * heads + h, dim, padded, out);
       for (int64_t d = 0; d < dim; ++d) out[d] *= factor;
-      for (int64_t d = dim; d < padded; ++d) out[d] = 0.0f;
     }
 }
 
@@ -87,16 +82,9 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
     const int64_t count = least(kTile, piece.items - at);
     turn_bias(piece, at, count, space.bias);
     for (int64_t group = 0; group < piece.groups; ++group) {
-      const Stretch keys =
-          stretch_of(piece.k, piece.type, piece.groups, group, at, count, piece.dim, piece.padded);
-      const Panel values = panel_of(stretch_of(piece.v, piece.type, piece.groups, group, at, count,
-                                               piece.value_dim, piece.value_padded),
-                                    space.values);
-      Ahead ahead{};
-      ahead.share(0, piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
-      if (!piece.shared)
-        ahead.share(1, piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
-      turn(keys, space.keys, space.turned, ahead);
+      const Panel values = panel_of(values_of(piece, group, at, count), space.values);
+      Ahead ahead = ahead_of(piece, group, at);
+      turn(keys_of(piece, group, at, count), space.keys, space.turned, ahead);
       for (int64_t r = 0; r < piece.rows; r += kRowTile) {
         const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
         logits_of(piece, first, rows, space.turned, space.bias, space.s);

@@ -30,15 +30,11 @@ struct Tile {
   Ahead ahead;
 
   void open(int64_t group) {
-    ahead.share(0, piece.k, piece.type, piece.groups, group, piece.dim, at, piece.items);
-    if (!piece.shared)
-      ahead.share(1, piece.v, piece.type, piece.groups, group, piece.value_dim, at, piece.items);
-    keys = stretch_of(piece.k, piece.type, piece.groups, group, at, count, piece.dim, piece.padded);
+    ahead = ahead_of(piece, group, at);
+    keys = keys_of(piece, group, at, count);
     turn(keys, space.keys, space.turned_keys, ahead);
-    if (piece.shared) return;
-    turn(stretch_of(piece.v, piece.type, piece.groups, group, at, count, piece.value_dim,
-                    piece.value_padded),
-         space.values, space.turned_values, ahead);
+    if (!piece.shared)
+      turn(values_of(piece, group, at, count), space.values, space.turned_values, ahead);
   }
 
   void products(const float* grad, int64_t first, int64_t rows) const {
@@ -129,38 +125,39 @@ void narrow_rows(const float* x, TableType type, int64_t groups, int64_t group, 
   }
 }
 
-// The rows of a tile of dk or dv: in place where they are complete at once, else in scratch memory.
+// dk or dv, tile by tile: rows are made in place where they are complete at once and in the form in
+// which they are wanted, else in `space` [kTile, padded].
 struct Rows {
-  float* first;
-  int64_t stride, width;
-  bool in_place, past_caches;
+  const AttentionPiece& piece;
+  void* to;  // [items, groups, dim], or null
+  int64_t dim, padded;
+  float* space;
+  bool past_caches;
 
-  // Rows in scratch memory, `padded` wide.
-  Rows(float* space, int64_t padded)
-      : first(space), stride(padded), width(padded), in_place(false), past_caches(false) {}
+  bool at_once() const {
+    return piece.type == TableType::f32 && dim == padded && piece.rows <= kRowTile && !piece.shared;
+  }
 
-  // From item `at` of a group of `to` [items, groups, width] on.
-  Rows(const AttentionPiece& piece, int64_t group, int64_t at, int64_t dim, bool streaming,
-       void* to)
-      : first(static_cast<float*>(to) + (at * piece.groups + group) * dim),
-        stride(piece.groups * dim),
-        width(dim),
-        in_place(true),
-        past_caches(streaming && streamable(first, dim * 4)) {}
-
-  // (+)= a [count, depth] b [depth, width]
-  void add(Left a, int64_t count, const float* b, int64_t depth, bool more) const {
-    if (past_caches)
-      multiply<false, true>(a, count, b, width, depth, first, stride, width, false);
+  // (+)= a [items of the tile, depth] b [depth, padded], for a group.
+  void add(const Tile& tile, int64_t group, Left a, const float* b, int64_t depth,
+           bool more) const {
+    if (to == nullptr) return;
+    const bool direct = at_once();
+    float* first =
+        direct ? static_cast<float*>(to) + (tile.at * piece.groups + group) * dim : space;
+    const int64_t stride = direct ? piece.groups * dim : padded;
+    if (direct && past_caches && streamable(first, dim * 4))
+      multiply<false, true>(a, tile.count, b, padded, depth, first, stride, padded, false);
     else
-      multiply(a, count, b, width, depth, first, stride, width, more);
+      multiply(a, tile.count, b, padded, depth, first, stride, padded, more);
+  }
+
+  void close(const Tile& tile, int64_t group) const {
+    if (to != nullptr && !at_once())
+      narrow_rows(space, piece.type, piece.groups, group, tile.at, tile.count, dim, padded,
+                  past_caches, to);
   }
 };
-
-// Whether a row of dk or dv is one product, in the form in which it is wanted.
-bool at_once(const AttentionPiece& piece, int64_t dim, int64_t padded) {
-  return piece.type == TableType::f32 && dim == padded && piece.rows <= kRowTile && !piece.shared;
-}
 
 }  // namespace
 
@@ -193,7 +190,13 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
   }
   const bool shared = piece.shared;
   Panel keys{};
-  Rows dk(space.dk, piece.padded), dv(shared ? space.dk : space.dv, piece.value_padded);
+  const Rows dk{piece, slopes.dk, piece.dim, piece.padded, space.dk, slopes.past_caches};
+  const Rows dv{piece,
+                slopes.dv,
+                piece.value_dim,
+                piece.value_padded,
+                shared ? space.dk : space.dv,
+                slopes.past_caches};
   each_block(
       piece, space, slopes.grad,
       [&](Tile& tile, int64_t first, int64_t rows, bool fresh) {
@@ -212,26 +215,14 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
                    slopes.keys + first * piece.padded, piece.padded, piece.padded, true);
         multiply({space.d, kTile, 1}, rows, keys.rows, keys.stride, tile.count,
                  slopes.dq + first * piece.padded, piece.padded, piece.padded, true);
-        if (slopes.dk != nullptr) {
-          if (at_once(piece, piece.dim, piece.padded))
-            dk = {piece, first / piece.rows, tile.at, piece.dim, slopes.past_caches, slopes.dk};
-          dk.add({space.d, 1, kTile}, tile.count, piece.q + first * piece.padded, rows, !fresh);
-        }
-        if (slopes.dv != nullptr) {
-          if (at_once(piece, piece.value_dim, piece.value_padded))
-            dv = {piece,           first / piece.rows, tile.at,
-                  piece.value_dim, slopes.past_caches, slopes.dv};
-          dv.add({space.s, 1, kTile}, tile.count, slopes.grad + first * piece.value_padded, rows,
-                 !fresh || shared);
-        }
+        const int64_t group = first / piece.rows;
+        dk.add(tile, group, {space.d, 1, kTile}, piece.q + first * piece.padded, rows, !fresh);
+        dv.add(tile, group, {space.s, 1, kTile}, slopes.grad + first * piece.value_padded, rows,
+               !fresh || shared);
       },
       [&](const Tile& tile, int64_t group) {
-        if (slopes.dk != nullptr && !dk.in_place)
-          narrow_rows(space.dk, piece.type, piece.groups, group, tile.at, tile.count, piece.dim,
-                      piece.padded, slopes.past_caches, slopes.dk);
-        if (slopes.dv != nullptr && !dv.in_place && !shared)
-          narrow_rows(space.dv, piece.type, piece.groups, group, tile.at, tile.count,
-                      piece.value_dim, piece.value_padded, slopes.past_caches, slopes.dv);
+        dk.close(tile, group);
+        if (!shared) dv.close(tile, group);
       },
       [&](const Tile& tile) {
         if (slopes.dbias == nullptr) return;

@@ -175,7 +175,8 @@ class Gradient {
       to.sums = sums(task);
       to.keys = keys(task);
     }
-    to.past_caches = call_.items * call_.heads * call_.dim * 4 >= kPastCaches;
+    to.past_caches =
+        call_.items * call_.groups * std::max(call_.dim, call_.value_dim) * 4 >= kPastCaches;
     to.dk = grad_k ? AttentionCall::at(*grad_k, task.begin) : nullptr;
     to.dv = grad_v ? AttentionCall::at(*grad_v, task.begin) : nullptr;
     to.dbias =
@@ -258,6 +259,19 @@ void check_outputs(const AttentionCall& call, const Grads& grads,
                   "outputs, grads: must be out, lse and rest, as the forward pass gives them");
 }
 
+std::vector<Tensor> backward(const AttentionCall& call, const Grads& grads,
+                             const std::vector<Tensor>& outputs, const Wanted& wanted) {
+  check_outputs(call, grads, outputs);
+  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs, wanted);
+  gradient.run();
+  std::vector<Tensor> found;
+  if (wanted.q) found.push_back(gradient.grad_q);
+  if (wanted.k) found.push_back(*gradient.grad_k);
+  if (wanted.v && !call.shared) found.push_back(*gradient.grad_v);
+  if (wanted.bias) found.push_back(*gradient.grad_bias);
+  return found;
+}
+
 // needs: of q, k, v, offsets and those of bias and q_offsets that are given.
 std::vector<Tensor> target_attention_backward(const Grads& grads, const Tensor& q, const Tensor& k,
                                               const Tensor& v, const Tensor& offsets,
@@ -265,34 +279,21 @@ std::vector<Tensor> target_attention_backward(const Grads& grads, const Tensor& 
                                               const Text& activation, const Optional& q_offsets,
                                               const std::vector<Tensor>& outputs,
                                               const std::vector<bool>& needs) {
-  const AttentionCall call(q, k, v, offsets, bias, scale, activation, q_offsets);
-  check_outputs(call, grads, outputs);
-  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs,
-                    {needs[0], needs[1], needs[2], bias && needs[4]});
-  gradient.run();
-  std::vector<Tensor> found;
-  if (needs[0]) found.push_back(gradient.grad_q);
-  for (const Optional& grad : {gradient.grad_k, gradient.grad_v, gradient.grad_bias})
-    if (grad) found.push_back(*grad);
-  return found;
+  check_needs(needs, size_t{4} + bias.has_value() + q_offsets.has_value());
+  return backward(AttentionCall(q, k, v, offsets, bias, scale, activation, q_offsets), grads,
+                  outputs, {needs[0], needs[1], needs[2], bias && needs[4]});
 }
 
+// needs: of q, x, offsets and those of bias and q_offsets that are given.
 std::vector<Tensor> shared_attention_backward(const Grads& grads, const Tensor& q, const Tensor& x,
                                               const Tensor& offsets, const Optional& bias,
                                               double scale, const Text& activation,
                                               const Optional& q_offsets,
                                               const std::vector<Tensor>& outputs,
                                               const std::vector<bool>& needs) {
-  const AttentionCall call(q, x, x, offsets, bias, scale, activation, q_offsets);
-  check_outputs(call, grads, outputs);
-  Gradient gradient(call, given_grad(grads, outputs[0]), lse_grad(grads, call), outputs,
-                    {needs[0], needs[1], needs[1], bias && needs[3]});
-  gradient.run();
-  std::vector<Tensor> found;
-  if (needs[0]) found.push_back(gradient.grad_q);
-  for (const Optional& grad : {gradient.grad_k, gradient.grad_bias})
-    if (grad) found.push_back(*grad);
-  return found;
+  check_needs(needs, size_t{3} + bias.has_value() + q_offsets.has_value());
+  return backward(AttentionCall(q, x, x, offsets, bias, scale, activation, q_offsets), grads,
+                  outputs, {needs[0], needs[1], needs[1], bias && needs[3]});
 }
 
 }  // namespace

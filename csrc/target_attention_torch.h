@@ -53,15 +53,17 @@ class AttentionCall {
     q = torch::stable::contiguous(q_given);
     k = torch::stable::contiguous(k_given);
     v = shared ? k : torch::stable::contiguous(v_given);
+    type = float_type(q.scalar_type(), "q");
     heads = q.size(-2), dim = q.size(-1), items = k.size(0);
     groups = shared ? 1 : heads;
     value_dim = v.size(-1);
-    STD_TORCH_CHECK(k.size(-1) == dim && v.size(0) == items &&
-                        (shared || (k.dim() == 3 && v.dim() == 3 && k.size(1) == heads &&
-                                    v.size(1) == heads)) &&
-                        k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                    "k, v: must be [T, H, d] and [T, H, dv] of q's dtype");
-    type = table_type(q.scalar_type());
+    STD_TORCH_CHECK(heads > 0 && dim > 0 && value_dim > 0, "q, v: H, d and dv must be at least 1");
+    STD_TORCH_CHECK(
+        k.size(-1) == dim && v.size(0) == items &&
+            (shared ? k_given.const_data_ptr() == v_given.const_data_ptr()
+                    : (k.dim() == 3 && v.dim() == 3 && k.size(1) == heads && v.size(1) == heads)) &&
+            k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+        "k, v: must be [T, H, d] and [T, H, dv] of q's dtype");
     activation = activation_of(activation_given);
     scale = static_cast<float>(scale_given);
     asked = jagged ? q.size(0) : q.size(0) * q.size(1);

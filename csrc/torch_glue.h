@@ -67,6 +67,12 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
   return made;
 }
 
+// needs: whether the gradient of each tensor is wanted, in the order of the arguments.
+inline void check_needs(const std::vector<bool>& needs, size_t tensors) {
+  STD_TORCH_CHECK(needs.size() == tensors, "needs: must be one per tensor, ",
+                  static_cast<int64_t>(tensors), ", got ", static_cast<int64_t>(needs.size()));
+}
+
 // The least row that any thread found bad; kernels tell of one by its number, of none by -1.
 class FirstBad {
  public:

@@ -4,21 +4,9 @@ import prefix_by_hand as by_hand
 import pytest
 import torch
 from hard_vectors import kernels_of, run
+from prefix_inputs import BAD_CODES, LEVELS, pooled, some_codes
 
 from livrec_fast import pack_codes, prefix_ngram_gradient, prefix_ngram_lookup
-
-
-def _put(good, value):
-    codes = good["codes"].clone()
-    codes[5, 1] = value
-    return {"codes": codes}
-
-
-def _pooled(good, *offsets, **changed):
-    offsets = [at if at is not None else len(good["codes"]) for at in offsets]
-    grad = good["grad"][: max(0, len(offsets) - 1)]
-    offsets = torch.tensor(offsets, dtype=torch.int64)
-    return {"offsets": offsets, "pool": "sum", "grad": grad, **changed}
 
 
 def _grad(good, change):
@@ -32,7 +20,7 @@ BAD_INPUTS = {
         ("few", lambda g: _grad(g, lambda t: t[1:]), ValueError, r"grad: shape .* 27\], got"),
         ("narrow", lambda g: _grad(g, lambda t: t[:, 1:]), ValueError, r"grad: .* got .* 26\]"),
         ("1-d", lambda g: _grad(g, lambda t: t[:, 0]), ValueError, "grad: shape"),
-        ("of items", lambda g: _pooled(g, 0, None, grad=g["grad"]), ValueError, r"\[1, 27\]"),
+        ("of items", lambda g: pooled(g, 0, None, grad=g["grad"]), ValueError, r"\[1, 27\]"),
         ("meta", lambda g: _grad(g, lambda t: t.to("meta")), ValueError, "device .* meta"),
         ("rows few", lambda g: {"rows": [6, 42]}, ValueError, r"rows: .* got \[6, 42\]"),
         ("rows 0", lambda g: {"rows": [6, 0, 9]}, ValueError, r"rows: .* got \[6, 0, 9\]"),
@@ -40,36 +28,12 @@ BAD_INPUTS = {
         ("dims many", lambda g: {"dims": [8] * 4}, ValueError, r"dims: .* got \[8, 8, 8, 8\]"),
         ("dims below", lambda g: {"dims": [8, 9, -1]}, ValueError, r"dims: .* got \[8, 9, -1\]"),
         ("dims differ", lambda g: {"mode": "sum"}, ValueError, r"dims: .* got \[8, 9, 10\]"),
-        ("codes list", lambda g: {"codes": [[0]]}, TypeError, "codes: .* list"),
-        ("codes float", lambda g: {"codes": g["codes"].float()}, TypeError, "codes: .* float32"),
-        ("columns", lambda g: {"codes": g["codes"][:, 1:]}, ValueError, r"codes: .*\[M, 3\]"),
-        ("codes meta", lambda g: {"codes": g["codes"].to("meta")}, ValueError, "device .* meta"),
-        ("id = size", lambda g: _put(g, 7), IndexError, r"codes\[5, 1\] = 7 .* \[-1, 7\)"),
-        ("below -1", lambda g: _put(g, -2), IndexError, r"codes\[5, 1\] = -2 .* \[-1, 7\)"),
-        ("too large", lambda g: {"levels": [2**21] * 3}, ValueError, r"product .* 2\^63 - 1"),
-        ("mode", lambda g: {"mode": "mean"}, ValueError, "mode: .* got 'mean'"),
-        ("hashing", lambda g: {"hashing": "xor"}, ValueError, "hashing: .* got 'xor'"),
-        ("groups", lambda g: {"groups": (1, 1)}, ValueError, r"groups: .* 3 .* got \(1, 1\)"),
-        ("packed", lambda g: {"packed": True}, TypeError, "codes: .* uint8, got int16"),
-        ("pool", lambda g: _pooled(g, 0, None, pool="max"), ValueError, "pool: .* 'max'"),
-        ("pool alone", lambda g: {"pool": "sum"}, ValueError, "pool: needs offsets"),
-        ("offsets alone", lambda g: _pooled(g, 0, None, pool=None), ValueError, "no pool"),
-        ("no offsets", _pooled, ValueError, "offsets: .* at least one"),
-        ("offsets list", lambda g: {"offsets": [0], "pool": "sum"}, TypeError, "offsets: .* list"),
-        ("first", lambda g: _pooled(g, 1, None), ValueError, "first must be 0, got 1"),
-        ("last", lambda g: _pooled(g, 0, 5), ValueError, "offsets: the last must be .*, got 5"),
-        ("falls", lambda g: _pooled(g, 0, 9, 4, None), ValueError, r"offsets\[1\] = 9 and .* 4"),
+        *BAD_CODES,
     ]
 }  # fmt: skip
 
 KERNELS = kernels_of("prefix_ngram_gradient")
-LEVELS, DIMS = (5, 4, 6), (3, 1, 4)
-
-
-def _codes(items, levels=LEVELS, unknown=0.2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.stack([torch.randint(n, (items,), generator=generator) for n in levels], 1)
-    return codes.masked_fill(torch.rand(codes.shape, generator=generator) < unknown, -1)
+DIMS = (3, 1, 4)
 
 
 def _whole(*shape):
@@ -88,7 +52,7 @@ def _same(ours, wanted):
 @pytest.mark.parametrize("mode", ["concat", "sum"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_agrees_with_adding_up_by_hand(kernel, mode, hashing, groups):
-    codes, dims = _codes(3000), (4, 4, 4) if mode == "sum" else DIMS
+    codes, dims = some_codes(3000), (4, 4, 4) if mode == "sum" else DIMS
     grad = _whole(3000, 4 if mode == "sum" else sum(DIMS))
     settings = {"mode": mode, "hashing": hashing, "groups": groups}
     for rows in ((5, 24, 120), (2, 3, 7)):  # all keys, and rows that many keys share
@@ -129,7 +93,7 @@ def test_runs_longer_than_a_chunk(kernel, items):
 def test_pooled_gradients_are_those_of_the_items(kernel, pool):
     lengths = torch.tensor([4, 0, 1, 16, 0, 2048, 2])  # divide exactly
     offsets = torch.cat([torch.tensor([0]), lengths.cumsum(0)])
-    codes, grad = _codes(int(offsets[-1])), _whole(len(lengths), sum(DIMS))
+    codes, grad = some_codes(int(offsets[-1])), _whole(len(lengths), sum(DIMS))
     each = (grad / lengths.clamp(min=1)[:, None] if pool == "mean" else grad).repeat_interleave(
         lengths, 0
     )
@@ -140,7 +104,7 @@ def test_pooled_gradients_are_those_of_the_items(kernel, pool):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_packed_codes_give_the_same(kernel):
-    codes, grad = _codes(2000, unknown=0), torch.randn(2000, sum(DIMS))
+    codes, grad = some_codes(2000, unknown=0), torch.randn(2000, sum(DIMS))
     packed = pack_codes(codes, LEVELS)
     rest = LEVELS, (5, 7, 11), DIMS
     ours = run(prefix_ngram_gradient, kernel, grad, packed, *rest, packed=True)
@@ -150,7 +114,7 @@ def test_packed_codes_give_the_same(kernel):
 
 def test_groups_of_more_bits_than_a_word_are_the_references():
     levels, grad = (2**20, 2**20, 2**20, 2**20), _whole(50, 4)
-    codes = _codes(50, levels)
+    codes = some_codes(50, levels)
     rest = levels, (64,) * 4, (1,) * 4
     found = prefix_ngram_gradient(grad, codes, *rest, groups=(2, 2), hashing="murmur3")
     _same(found, by_hand.gradient(grad, codes, *rest, hashing="murmur3", groups=(2, 2)))
@@ -185,7 +149,7 @@ def _with_threads(count, call):
 
 @pytest.mark.parametrize("levels", [(1, 1, 1), (3, 2, 2), (64, 64, 64)])
 def test_threads_do_not_change_a_bit(levels):
-    codes, grad = _codes(150_000, levels, unknown=0.1), torch.randn(150_000, 12)
+    codes, grad = some_codes(150_000, levels, unknown=0.1), torch.randn(150_000, 12)
     rows = (levels[0], levels[0] * levels[1], 1000)
 
     def call():
@@ -205,7 +169,7 @@ def _gradients(codes, sparse, flow, **rest):
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 @pytest.mark.parametrize("mode", ["concat", "sum"])
 def test_sparse_gradients_are_coalesced_and_the_dense_ones(mode, kernel):
-    codes = _codes(4000)
+    codes = some_codes(4000)
     rest = {"mode": mode, "hashing": "murmur3", "backend": kernel}
 
     def flow(out):
@@ -224,7 +188,7 @@ def test_sparse_gradients_are_coalesced_and_the_dense_ones(mode, kernel):
 @pytest.mark.parametrize("mode", ["concat", "sum"])
 def test_gradients_without_strides(mode, sparse):
     """What comes out of .sum() is one number, expanded."""
-    codes = _codes(2500)
+    codes = some_codes(2500)
     width = 4 if mode == "sum" else 12
     ours = _gradients(codes, sparse, torch.sum, mode=mode)
     rows = by_hand.gradient(torch.ones(2500, width), codes, LEVELS, (5, 20, 70), (4,) * 3, mode)
@@ -234,7 +198,7 @@ def test_gradients_without_strides(mode, sparse):
 
 
 def test_strided_gradients_are_read_where_they_lie():
-    codes, wide = _codes(2000), _whole(2 * sum(DIMS), 4000)
+    codes, wide = some_codes(2000), _whole(2 * sum(DIMS), 4000)
     grad = wide.T[::2, ::2]  # unit stride nowhere
     rest = codes, LEVELS, (5, 7, 11), DIMS
     _same(prefix_ngram_gradient(grad, *rest), by_hand.gradient(grad, *rest))

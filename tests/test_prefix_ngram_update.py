@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import python
 from hard_vectors import kernels_of, run
+from prefix_inputs import BAD_CODES, LEVELS, some_codes
 from test_prefix_ngram_memory import MB, PROGRAM, needs_native
 
 from livrec_fast import (
@@ -16,19 +17,6 @@ from livrec_fast import (
     row_update,
 )
 from livrec_fast.modules import _fused
-
-
-def _put(good, value):
-    codes = good["codes"].clone()
-    codes[5, 1] = value
-    return {"codes": codes}
-
-
-def _pooled(good, *offsets, **changed):
-    offsets = [at if at is not None else len(good["codes"]) for at in offsets]
-    grad = good["grad"][: max(0, len(offsets) - 1)]
-    offsets = torch.tensor(offsets, dtype=torch.int64)
-    return {"offsets": offsets, "pool": "sum", "grad": grad, **changed}
 
 
 def _first(name, change):
@@ -70,38 +58,13 @@ BAD_INPUTS = {
         ("few", _grad(lambda t: t[1:]), ValueError, r"grad: shape .* 27\], got"),
         ("narrow", _grad(lambda t: t[:, 1:]), ValueError, r"grad: .* got .* 26\]"),
         ("grad meta", _grad(lambda t: t.to("meta")), ValueError, "device .* meta"),
-        ("codes list", lambda g: {"codes": [[0]]}, TypeError, "codes: .* list"),
-        ("codes float", lambda g: {"codes": g["codes"].float()}, TypeError, "codes: .* float32"),
-        ("columns", lambda g: {"codes": g["codes"][:, 1:]}, ValueError, r"codes: .*\[M, 3\]"),
-        ("codes meta", lambda g: {"codes": g["codes"].to("meta")}, ValueError, "device .* meta"),
-        ("id = size", lambda g: _put(g, 7), IndexError, r"codes\[5, 1\] = 7 .* \[-1, 7\)"),
-        ("below -1", lambda g: _put(g, -2), IndexError, r"codes\[5, 1\] = -2 .* \[-1, 7\)"),
-        ("too large", lambda g: {"levels": [2**21] * 3}, ValueError, r"product .* 2\^63 - 1"),
-        ("mode", lambda g: {"mode": "mean"}, ValueError, "mode: .* got 'mean'"),
-        ("hashing", lambda g: {"hashing": "xor"}, ValueError, "hashing: .* got 'xor'"),
-        ("groups", lambda g: {"groups": (1, 1)}, ValueError, r"groups: .* 3 .* got \(1, 1\)"),
-        ("packed", lambda g: {"packed": True}, TypeError, "codes: .* uint8, got int16"),
-        ("pool", lambda g: _pooled(g, 0, None, pool="max"), ValueError, "pool: .* 'max'"),
-        ("pool alone", lambda g: {"pool": "sum"}, ValueError, "pool: needs offsets"),
-        ("offsets alone", lambda g: _pooled(g, 0, None, pool=None), ValueError, "no pool"),
-        ("no offsets", _pooled, ValueError, "offsets: .* at least one"),
-        ("offsets list", lambda g: {"offsets": [0], "pool": "sum"}, TypeError, "offsets: .* list"),
-        ("first", lambda g: _pooled(g, 1, None), ValueError, "first must be 0, got 1"),
-        ("last", lambda g: _pooled(g, 0, 5), ValueError, "offsets: the last must be .*, got 5"),
-        ("falls", lambda g: _pooled(g, 0, 9, 4, None), ValueError, r"offsets\[1\] = 9 and .* 4"),
+        *BAD_CODES,
     ]
 }  # fmt: skip
 
 KERNELS = kernels_of("prefix_ngram_update")
 NATIVE = [kernel for kernel in KERNELS if kernel != "reference"]
-LEVELS = (5, 4, 6)
 RULES = ("sgd", "adagrad", "rowwise_adagrad")
-
-
-def _codes(items, levels=LEVELS, unknown=0.15, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.stack([torch.randint(n, (items,), generator=generator) for n in levels], 1)
-    return codes.masked_fill(torch.rand(codes.shape, generator=generator) < unknown, -1)
 
 
 def _tables(rows, dims, rule, dtype=torch.float32):
@@ -143,7 +106,7 @@ def _both_ways(kernel, grad, codes, levels, rows, dims, rule, dtype=torch.float3
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_equals_gradient_and_row_update_to_the_bit(kernel, rule, hashing, groups):
     """Chunks of 1,024 items, runs that outlast them, and rows that several keys share."""
-    codes, dims = _codes(5000), (3, 16, 20)
+    codes, dims = some_codes(5000), (3, 16, 20)
     grad, how = torch.randn(5000, sum(dims)), {"hashing": hashing, "groups": groups}
     for rows in ((5, 20, 120), (2, 7, 50)):
         ours, two = _both_ways(kernel, grad, codes, LEVELS, rows, dims, rule, **how)
@@ -155,7 +118,7 @@ def test_equals_gradient_and_row_update_to_the_bit(kernel, rule, hashing, groups
 @pytest.mark.parametrize("kernel", NATIVE)
 def test_halves_and_pools_are_rounded_the_same(kernel, pool, dtype):
     offsets = torch.tensor([0, 700, 700, 701, 3000])
-    codes, rows, dims = _codes(3000), (5, 20, 40), (33, 16, 1)
+    codes, rows, dims = some_codes(3000), (5, 20, 40), (33, 16, 1)
     how = {"offsets": offsets, "pool": pool} if pool else {}
     grad = torch.randn(4 if pool else 3000, sum(dims)).to(dtype)
     ours, two = _both_ways(kernel, grad, codes, LEVELS, rows, dims, "adagrad", dtype, **how)
@@ -166,7 +129,7 @@ def test_halves_and_pools_are_rounded_the_same(kernel, pool, dtype):
 @pytest.mark.parametrize("rows", [(5, 20, 120), (3, 7, 50)])
 def test_sums_over_levels(kernel, rows):
     """They are added up level by level here, run inside run there: not to the bit."""
-    codes, grad = _codes(5000), torch.randn(5000, 20)
+    codes, grad = some_codes(5000), torch.randn(5000, 20)
     for rule in RULES:
         ours, two = _both_ways(kernel, grad, codes, LEVELS, rows, [20] * 3, rule, mode="sum")
         torch.testing.assert_close(ours, two, rtol=1e-5, atol=1e-4)
@@ -193,7 +156,7 @@ def test_runs_longer_than_a_chunk(kernel, items):
 
 @pytest.mark.parametrize("levels", [(1, 1, 1), (3, 2, 2), (64, 64, 64)])
 def test_threads_do_not_change_a_bit(levels):
-    codes, grad = _codes(150_000, levels, unknown=0.1), torch.randn(150_000, 12)
+    codes, grad = some_codes(150_000, levels, unknown=0.1), torch.randn(150_000, 12)
     rows, found, before = (levels[0], levels[0] * levels[1], 1000), [], torch.get_num_threads()
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
@@ -256,7 +219,7 @@ def test_the_embedding_learns_the_same_by_either_way(monkeypatch):
         if not one_pass:
             monkeypatch.setattr(_fused, "_in_one_pass", lambda *args: False)
         for seed in range(3):
-            module(_codes(2000, seed=seed)).float().sin().sum().backward()
+            module(some_codes(2000, seed=seed)).float().sin().sum().backward()
         found.append(module.state_dict())
     assert found[0].keys() == found[1].keys() and found[0]["updates"] == 3
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def check_query(q: Any, offsets: Any, q_offsets: Any = None) -> None:
     check_tensor("q", q, ("B", "C", "H", "d") if q_offsets is None else ("Q", "H", "d"), FLOATS)
     if q.shape[-2] < 1 or q.shape[-1] < 1:
         raise ValueError(f"q: H and d must be at least 1, got shape {list(q.shape)}")
+    check_users(q, offsets, q_offsets)
+
+
+def check_users(q: Tensor, offsets: Any, q_offsets: Any) -> None:
+    """Check offsets [B + 1] of q [B, ...], or of q [Q, ...] with q_offsets [B + 1]."""
     if q_offsets is None:
         check_tensor("offsets", offsets, (q.shape[0] + 1,), (torch.int64,))
         return
@@ -37,6 +43,13 @@ def check_query(q: Any, offsets: Any, q_offsets: Any = None) -> None:
         raise ValueError("offsets: must have at least one element, got none")
     check_tensor("q_offsets", q_offsets, (offsets.shape[0],), (torch.int64,))
     check_same("device", q=q, q_offsets=q_offsets)
+
+
+def check_rows(name: str, rows: Any, shape: Sequence[int | str]) -> None:
+    """Check a tensor of floats whose last size is at least 1."""
+    check_tensor(name, rows, shape, FLOATS)
+    if rows.shape[-1] < 1:
+        raise ValueError(f"{name}: {shape[-1]} must be at least 1, got shape {list(rows.shape)}")
 
 
 def check_activation(activation: Any, return_lse: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._checks import (
@@ -19,6 +18,7 @@ from .._checks import (
 )
 from .._dispatch import Backend, Op, refuse_wide
 from ..reference import din_attention as reference
+from . import _attention
 
 _NEEDED = {"prelu": ("slopes",), "dice": ("slopes", "gains", "shifts")}
 
@@ -111,10 +111,13 @@ def din_attention(
     run, the kernel's for any number of threads; the reference uses torch's matrix products, whose
     bits may change with it.
 
-    Workspace of the kernel, in float32: the weights twice, and per thread k twice and v of one
-    history, d h_1 numbers and 2 x 32 per unit of the widest layer. Its gradient: per thread k and v
-    twice more, 32 (2 layers + 3) per unit of the widest, d h_1; and in 16 parts the sums of all
-    weights and of three times d h_1, and with fewer than 16 users those of k and v, too. Of the
+    Workspace of the kernel, in float32: the weights (twice while they are packed); per thread, of
+    one history, k twice, v and a number per item, and 16 rows of q, d h_1 numbers and 2 x 32 per
+    unit of the widest layer. Its gradient: the weights twice (three times while they are packed);
+    per thread, of one user, k four times, v and a number per item twice, q, the gradient of the
+    results, 2 d h_1 numbers, 32 (2 n + 3) per unit of the widest of n hidden layers, and sums of
+    d h_1 numbers and of the later weights; in 16 parts such sums and 2 d h_1 numbers more; and with
+    fewer than 16 users, in as many parts, those of k and v. Without v, values are k. Of the
     reference: for one user at a time C x t x (8 d + twice the layers' widths) numbers, its gradient
     for all users at once. Nothing is padded.
 
@@ -131,7 +134,7 @@ def din_attention(
         >>> weights, biases = [layer.weight.T for layer in linear], [layer.bias for layer in linear]
         >>> out = din_attention(q, k, offsets, weights, biases)  # [B, C, d]
     """
-    users = _check_inputs(q, k, v, offsets, q_offsets)
+    _check_inputs(q, k, v, offsets, q_offsets)
     check_choice("activation", activation, reference.ACTIVATIONS)
     if not isinstance(softmax, bool):
         raise TypeError(f"softmax: must be True or False, got {softmax!r}")
@@ -142,29 +145,18 @@ def din_attention(
         layers[name] = _check_units(name, value, activation, widths)
     floats = {name: item for group in layers.values() for name, item in group.items()}
     check_one_dtype(q=q, k=k, v=v, **floats)
-    check_same("device", q=q, k=k, v=v, **users, **floats)
+    check_same("device", q=q, k=k, v=v, offsets=offsets, q_offsets=q_offsets, **floats)
     lists = [list(group.values()) for group in layers.values()]
     return _op(q, k, v, offsets, *lists, activation, softmax, q_offsets, backend=backend)
 
 
-def _check_inputs(q: Any, k: Any, v: Any, offsets: Any, q_offsets: Any) -> dict[str, Tensor | None]:
-    """Check candidates, items and what tells users apart, which is returned."""
-    check_tensor("q", q, ("B", "C", "d") if q_offsets is None else ("Q", "d"), FLOATS)
-    if q.shape[-1] < 1:
-        raise ValueError(f"q: d must be at least 1, got shape {list(q.shape)}")
+def _check_inputs(q: Any, k: Any, v: Any, offsets: Any, q_offsets: Any) -> None:
+    """Check candidates, items and what tells users apart."""
+    _attention.check_rows("q", q, ("B", "C", "d") if q_offsets is None else ("Q", "d"))
     check_tensor("k", k, ("T", q.shape[-1]), FLOATS)
     if v is not None:
-        check_tensor("v", v, (k.shape[0], "dv"), FLOATS)
-        if v.shape[1] < 1:
-            raise ValueError(f"v: dv must be at least 1, got shape {list(v.shape)}")
-    if q_offsets is None:
-        check_tensor("offsets", offsets, (q.shape[0] + 1,), (torch.int64,))
-    else:
-        check_tensor("offsets", offsets, ("B + 1",), (torch.int64,))
-        if offsets.shape[0] < 1:
-            raise ValueError("offsets: must have at least one element, got none")
-        check_tensor("q_offsets", q_offsets, (offsets.shape[0],), (torch.int64,))
-    return {"offsets": offsets, "q_offsets": q_offsets}
+        _attention.check_rows("v", v, (k.shape[0], "dv"))
+    _attention.check_users(q, offsets, q_offsets)
 
 
 def _check_layers(dim: int, weights: Any, biases: Any) -> dict[str, dict[str, Tensor]]:
@@ -177,12 +169,7 @@ def _check_layers(dim: int, weights: Any, biases: Any) -> dict[str, dict[str, Te
         raise ValueError(f"biases: must be one per layer, {depth}, got {len(found['biases'])}")
     width, pairs = 4 * dim, zip(found["weights"].items(), found["biases"].items(), strict=True)
     for number, ((weight_name, weight), (bias_name, bias)) in enumerate(pairs):
-        out: int | str = "h" if number + 1 < depth else 1
-        check_tensor(weight_name, weight, (width, out), FLOATS)
-        if weight.shape[1] < 1:
-            raise ValueError(
-                f"{weight_name}: needs at least one unit, got shape {list(weight.shape)}"
-            )
+        _attention.check_rows(weight_name, weight, (width, "h" if number + 1 < depth else 1))
         width = weight.shape[1]
         check_tensor(bias_name, bias, (width,), FLOATS)
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_same, check_tensor, named_items
-from .._dispatch import Backend, Op, refuse_native
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import prefix_ngram_update as reference
 from ._prefix import check_arguments, check_contents, check_pooling, check_tables
 from .prefix_ngram_gradient import refuse_sorting
@@ -20,9 +20,7 @@ def _refuse_native(
     tables: Sequence[Tensor], states: Sequence[Tensor], grad: Tensor, codes: Tensor,
     levels: Sequence[int], *rest: object,
 ) -> str | None:  # fmt: skip
-    if tables[0].dtype == torch.float64:
-        return "computes in float32; tables are float64"
-    return refuse_sorting(levels) or refuse_native(codes)
+    return refuse_wide(tables[0]) or refuse_sorting(levels)
 
 
 def _check_values(
@@ -79,7 +77,8 @@ def prefix_ngram_update(
 
     Args:
         tables: a table [H_l, d_l] per level, all float32, float16, bfloat16 or float64, of any
-            strides; they are changed. No two tables or states may share memory.
+            strides; they are changed. No two tables or states may
+            share or interleave memory, such as columns of one tensor.
         grad: the gradient of the lookup's result, [M, width] or pooled [B, width]; float64 where
             tables are, else float32, float16 or bfloat16; of any strides.
         codes: as for the lookup.
@@ -112,7 +111,7 @@ def prefix_ngram_update(
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, rule or rate, states that do
         not go with the rule, bad offsets. IndexError: a code out of range; the tables are then as
-        they were. RuntimeError: tables that share memory.
+        they were. RuntimeError: tables that share or interleave memory.
 
     Source: the fused optimisers of Mudigere et al., "Software-hardware co-design for fast and
     scalable training of deep learning recommendation models" (2022); FLUID, equations 1-2.

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_same, check_tensor
-from .._dispatch import Backend, Op, refuse_native
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import row_update as reference
-
-
-def _refuse_native(table: Tensor, *rest: object) -> str | None:
-    if table.dtype == torch.float64:
-        return "computes in float32; table is float64"
-    return refuse_native(table)
 
 
 def _check_values(table: Tensor, state: Tensor | None, rows: Tensor, *rest: object) -> None:
@@ -35,7 +29,7 @@ _op = Op(
     fake=lambda *args: None,
     reference=reference.row_update,
     check_values=_check_values,
-    backends=(Backend("native", _refuse_native),),
+    backends=(Backend("native", refuse_wide),),
     differentiable=False,
 )
 

@@ -144,9 +144,7 @@ def target_attention(
     _attention.check_query(q, offsets, q_offsets)
     _attention.check_activation(activation, return_lse)
     check_tensor("k", k, ("T", *q.shape[-2:]), FLOATS)
-    check_tensor("v", v, (k.shape[0], q.shape[-2], "dv"), FLOATS)
-    if v.shape[2] < 1:
-        raise ValueError(f"v: dv must be at least 1, got shape {list(v.shape)}")
+    _attention.check_rows("v", v, (k.shape[0], q.shape[-2], "dv"))
     check_one_dtype(q=q, k=k, v=v)
     bias = _attention.check_bias(bias, q, k.shape[0])
     check_same("device", q=q, k=k, v=v, offsets=offsets, bias=bias)

@@ -265,12 +265,9 @@ def target_attention_features(
     """
     _attention.check_query(q, offsets, q_offsets)
     _attention.check_activation(activation, return_lse)
-    check_tensor("x", x, ("T", "D"), FLOATS)
+    _attention.check_rows("x", x, ("T", "D"))
     check_tensor("w_k", w_k, (x.shape[1], *q.shape[-2:]), FLOATS)
-    check_tensor("w_v", w_v, (x.shape[1], q.shape[-2], "dv"), FLOATS)
-    for name, size in {"x: D": x.shape[1], "w_v: dv": w_v.shape[2]}.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    _attention.check_rows("w_v", w_v, (x.shape[1], q.shape[-2], "dv"))
     check_one_dtype(q=q, x=x, w_k=w_k, w_v=w_v)
     bias = _attention.check_bias(bias, q, x.shape[0])
     check_same("device", q=q, x=x, w_k=w_k, w_v=w_v, offsets=offsets, bias=bias)
