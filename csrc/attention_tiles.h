@@ -143,6 +143,7 @@ LIVREC_INLINE void end_row(float* s, int64_t count) {
 LIVREC_INLINE float greatest_in(const float* s, float known) {
   Floats most = Floats{} + known;
   for (int64_t t = 0; t < kTile; t += kLanes) most = greater<kLanes>(load(s + t), most);
+  if (bits_of_lanes<kLanes>(most > known) == 0) return known;  // as it mostly is
   return greatest_of(most);
 }
 

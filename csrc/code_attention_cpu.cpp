@@ -169,42 +169,6 @@ LIVREC_INLINE void multiply(const float* const* rows, int64_t at, const float* l
   }
 }
 
-// Adds up lanes by halves of groups of kGroup: first the groups of a, then those of b.
-template <int kGroup>
-LIVREC_INLINE Floats merge(Floats a, Floats b) {
-  constexpr int kHalf = kGroup / 2;
-#if defined(__clang__)
-  Floats low, high;
-  for (int j = 0; j < kLanes; ++j) {
-    const int at = j / kHalf * kGroup + j % kHalf;
-    low[j] = at < kLanes ? a[at] : b[at - kLanes];
-    high[j] = at < kLanes ? a[at + kHalf] : b[at + kHalf - kLanes];
-  }
-  return low + high;
-#else
-  const Ints lanes = lane_numbers(), inside = lanes & (kHalf - 1);
-  const Ints at = (lanes - inside) * 2 + inside;
-  return __builtin_shuffle(a, b, at) + __builtin_shuffle(a, b, at + kHalf);
-#endif
-}
-
-// The lanes of kCount vectors added up, in a group of lanes for each.
-template <int kCount>
-LIVREC_INLINE Floats merged(const Floats* x) {
-  if constexpr (kCount == 1)
-    return *x;
-  else
-    return merge<2 * kLanes / kCount>(merged<kCount / 2>(x), merged<kCount / 2>(x + kCount / 2));
-}
-
-template <int kGroup>
-LIVREC_INLINE Floats folded(Floats x) {
-  if constexpr (kGroup == 1)
-    return x;
-  else
-    return folded<kGroup / 2>(merge<kGroup>(x, x));
-}
-
 // Products of a row with N columns, each with the row's part of its head.
 template <int N>
 LIVREC_INLINE typename Lanes<N>::V multiply_columns(const float* row, const int64_t* offsets,
@@ -215,7 +179,7 @@ LIVREC_INLINE typename Lanes<N>::V multiply_columns(const float* row, const int6
     Floats sums[N] = {};
     for (int64_t d = 0; d < padded; d += kLanes)
       for (int l = 0; l < N; ++l) sums[l] += load(row + offsets[l] + d) * load(columns[l] + d);
-    const Floats found = folded<kLanes / N>(merged<N>(sums));
+    const Floats found = sums_of<N>(sums);
     typename Lanes<N>::V first;
     __builtin_memcpy(&first, &found, sizeof(first));
     return first;

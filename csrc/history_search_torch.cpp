@@ -45,7 +45,7 @@ struct Search {
         positions(empty_cpu({query.size(0), query.size(1), count}, ScalarType::Long)),
         offsets(offsets_given, items),
         masks(std::move(given_masks)),
-        type(table_type(query.scalar_type())),
+        type(float_type(query.scalar_type(), "query")),
         users(query.size(0)),
         candidates(query.size(1)),
         dim(query.size(2)),

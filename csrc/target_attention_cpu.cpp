@@ -6,8 +6,10 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-// Softmax terms of one row of logits, and what it knows of earlier tiles made to fit them.
-void weigh(const AttentionPiece& piece, float* s, float* out, float* peak, float* sum) {
+// Softmax terms of one row of logits, and what it knows of earlier tiles made to fit them; returns
+// what is to be added to its sum, lane by lane.
+LIVREC_INLINE Floats weigh(const AttentionPiece& piece, float* s, float* out, float* peak,
+                           float* sum) {
   const float most = greatest_in(s, *peak), shift = shift_of(most);
   if (most != *peak) {
     const float factor = exp_of(*peak - shift);
@@ -21,7 +23,18 @@ void weigh(const AttentionPiece& piece, float* s, float* out, float* peak, float
     store(s + t, p);
     total += p;
   }
-  *sum += sum_of(total);
+  return total;
+}
+
+// Adds the lanes of each total to its sum.
+LIVREC_INLINE void add_totals(const Floats* totals, int64_t count, float* sums) {
+  constexpr int kMany = kLanes < 8 ? kLanes : 8;
+  int64_t i = 0;
+  for (; i + kMany <= count; i += kMany) {
+    const Floats found = sums_of<kMany>(totals + i);
+    for (int j = 0; j < kMany; ++j) sums[i + j] += found[j];
+  }
+  for (; i < count; ++i) sums[i] += sum_of(totals[i]);
 }
 
 struct ForwardSpace {
@@ -88,6 +101,7 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
       for (int64_t r = 0; r < piece.rows; r += kRowTile) {
         const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
         logits_of(piece, first, rows, space.turned, space.bias, space.s);
+        Floats totals[kRowTile];
         for (int64_t i = 0; i < rows; ++i) {
           float* s = space.s + i * kTile;
           ahead.ask(kLinesPerRow);
@@ -96,9 +110,10 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
             continue;
           }
           end_row(s, count);
-          weigh(piece, s, out + (first + i) * piece.value_padded, peaks + first + i,
-                sums + first + i);
+          totals[i] = weigh(piece, s, out + (first + i) * piece.value_padded, peaks + first + i,
+                            sums + first + i);
         }
+        if (softmax) add_totals(totals, rows, sums + first);
         multiply({space.s, kTile, 1}, rows, values.rows, values.stride, count,
                  out + first * piece.value_padded, piece.value_padded, piece.value_padded, true);
       }

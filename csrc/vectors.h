@@ -103,6 +103,48 @@ LIVREC_INLINE float sum_of(Floats lanes) {
   return lanes[0];
 }
 
+// Adds up lanes by halves of groups of kGroup: first the groups of a, then those of b.
+template <int kGroup>
+LIVREC_INLINE Floats merge(Floats a, Floats b) {
+  constexpr int kHalf = kGroup / 2;
+#if defined(__clang__)
+  Floats low, high;
+  for (int j = 0; j < kLanes; ++j) {
+    const int at = j / kHalf * kGroup + j % kHalf;
+    low[j] = at < kLanes ? a[at] : b[at - kLanes];
+    high[j] = at < kLanes ? a[at + kHalf] : b[at + kHalf - kLanes];
+  }
+  return low + high;
+#else
+  const Ints lanes = lane_numbers(), inside = lanes & (kHalf - 1);
+  const Ints at = (lanes - inside) * 2 + inside;
+  return __builtin_shuffle(a, b, at) + __builtin_shuffle(a, b, at + kHalf);
+#endif
+}
+
+// The lanes of kCount vectors added up, in a group of lanes for each.
+template <int kCount>
+LIVREC_INLINE Floats merged(const Floats* x) {
+  if constexpr (kCount == 1)
+    return *x;
+  else
+    return merge<2 * kLanes / kCount>(merged<kCount / 2>(x), merged<kCount / 2>(x + kCount / 2));
+}
+
+template <int kGroup>
+LIVREC_INLINE Floats folded(Floats x) {
+  if constexpr (kGroup == 1)
+    return x;
+  else
+    return folded<kGroup / 2>(merge<kGroup>(x, x));
+}
+
+// The sums of kCount vectors' lanes, at most kLanes of them, in the first lanes.
+template <int kCount>
+LIVREC_INLINE Floats sums_of(const Floats* x) {
+  return folded<kLanes / kCount>(merged<kCount>(x));
+}
+
 LIVREC_INLINE float greatest_of(Floats lanes) {
 #pragma GCC unroll 4
   for (int step = kLanes / 2; step > 0; step /= 2) {
