@@ -18,6 +18,8 @@ from .agreement import Close
 
 DIM, TEMPERATURE, THRESHOLD, BLOCK = 128, 0.07, 0.9, 1_024
 MOST_AT_ONCE = 8_192  # rows that the reference, whose memory is B x B, is asked for
+MOST_IN_FULL = 32_768  # rows whose gradients are all compared; of more, those of SOME
+SOME, SCORES = 512, 2**24
 Inputs = dict[str, Any]
 
 
@@ -71,6 +73,9 @@ def case(
     settings = (training, TEMPERATURE, threshold, symmetric)
     setting = peers_contrastive.Setting(rows, *settings, dtype)
     agree = Close(partial(formula, function, *settings))
+    if rows > MOST_IN_FULL:
+        assert training and threshold is None and not symmetric, "some gradients: of the plain loss"
+        agree = Close(partial(some_gradients, TEMPERATURE), pick=pick_some)
     large = peers_contrastive.too_large(options, rows**2, 18)
     reference = partial(function, backend="reference")
     shown = [f"D {DIM}, B {rows:,}", *(["masked"] if threshold else [])]
@@ -124,3 +129,39 @@ def formula(
     if not training:
         return [total]
     return [total, *torch.autograd.grad(units, leaves, [x.grad for x in cut])]
+
+
+def some_of(rows: int) -> Tensor:
+    """Return the numbers of the rows whose gradients are compared where there are many."""
+    return torch.linspace(0, rows - 1, SOME, dtype=torch.float64).long()
+
+
+def pick_some(found: list[Tensor]) -> list[Tensor]:
+    """Return the loss, and gradients of some rows."""
+    return [found[0], *(grad[some_of(len(grad)).to(grad.device)] for grad in found[1:])]
+
+
+def some_gradients(temperature: float, inputs: Inputs) -> list[Tensor]:
+    """Compute the loss, and gradients of some rows, from every row's logsumexp.
+
+    No logit is above 1 / T, so that exponentials less that need no greatest logit.
+    """
+    given = [inputs[name] for name in ("query", "key")]
+    query, key = units = [F.normalize(x, dim=1) for x in given]
+    sums = [
+        (some @ key.T).sub_(1).div_(temperature).exp_().sum(1)
+        for some in query.split(max(1, SCORES // len(key)))
+    ]
+    lse = torch.cat(sums).log() + 1 / temperature
+    found = [(lse - (query * key).sum(1) / temperature).mean()]
+    rows = some_of(len(query)).to(query.device)
+    for x, own, other, shifts in (
+        (given[0], *units, lse[rows, None]),
+        (given[1], *reversed(units), lse),
+    ):
+        weights = (own[rows] @ other.T / temperature - shifts).exp_()
+        weights[torch.arange(len(rows)), rows] -= 1
+        leaf = x[rows].detach().requires_grad_()
+        slope = weights @ other / temperature / len(x)
+        found += torch.autograd.grad(F.normalize(leaf, dim=1), leaf, slope)
+    return found

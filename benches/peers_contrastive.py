@@ -1,8 +1,9 @@
 """What else trains by in-batch negatives: torch's cross entropies, and libraries' losses.
 
-Most make all B x B logits, and are absent where these would take more than half of the memory.
-`F.linear_cross_entropy` and sentence-transformers' cached loss compute them in chunks, the first as
-it chooses by default, the second as a trial finds quickest. No library masks by the queries.
+Most make all B x B logits, and are absent where these would take more than half of the memory, or
+8 GiB on a CPU. `F.linear_cross_entropy` and sentence-transformers' cached loss compute them in
+chunks, the first as it chooses by default, the second as a trial finds quickest. No library masks
+by the queries.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from .peers import Inputs, Noted, Run
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _INFINITY = float("inf")
+MOST_BYTES = 8 * 2**30  # of a CPU's memory
 CHUNKS = (256, 1_024, 4_096)  # rows of sentence-transformers' mini-batches, by trial
+MOST_CACHED = 32_768  # rows for which its cached loss takes less than a minute on a CPU
 TRIAL_ROWS = 8_192
 
 
@@ -43,13 +46,13 @@ class Setting(NamedTuple):
 
 
 def too_large(options: Options, pairs: float, bytes_each: int) -> str | None:
-    """Return why what is held for each pair of rows, as measured, is more than half the memory."""
+    """Return why what is held for each pair of rows, as measured, is more than there is room."""
     if options.device == "cuda":
-        room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+        room = torch.cuda.mem_get_info()[1] / 2 if torch.cuda.is_available() else 0
     else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2, MOST_BYTES)
     needed = pairs * bytes_each
-    if needed <= room / 2:
+    if needed <= room:
         return None
     return f"needs {needed / 2**30:,.0f} GiB for all pairs of rows"
 
@@ -110,6 +113,8 @@ def contestants(setting: Setting, options: Options) -> Iterator[Contestant | Abs
     name = f"{sentences}, cached"
     if reason := absence(sentences, setting, options):
         yield Absent(name, reason)
+    elif options.device == "cpu" and setting.rows > MOST_CACHED:
+        yield Absent(name, f"takes more than a minute for more than {MOST_CACHED:,} rows")
     else:
         yield Contestant(name, lambda inputs: cached_ranking(setting, inputs))
 

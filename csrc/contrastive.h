@@ -20,6 +20,10 @@
 // Where the positive is no sample, the loss of a row is w (log R' - s_ii), its logits less log Q
 // but for s_ii and R' = R (1 - Q_i); then exp(s_ij - log R) has the factor g_i w, and m = w.
 //
+// Several losses of the same queries, each with keys of its own, are terms of one pass: for a tile
+// of queries and columns, what masks pairs by the queries is found once, then the terms' logits
+// come one after the other, and all add to the same dq.
+//
 // Rows and columns are cut into as many chunks. In phase p the task t computes the rows of chunk t
 // with the columns of chunk t + p (mod chunks): in a phase no two tasks share a row or a column, so
 // that all add to the same results without locks, in an order that no number of threads changes.
@@ -64,13 +68,20 @@ struct Contrastive {
   float threshold;
 };
 
+// Calls on the same queries, as many columns and the same masks by queries: the first call's.
+struct ContrastiveTerms {
+  const Contrastive* calls;
+  int64_t count;
+};
+
 // A part of the matrix of logits; columns begin at a panel.
 struct ContrastivePart {
   int64_t row, rows, column, columns;
 };
 
 LIVREC_DECLARE(int64_t, contrastive_stride, (int64_t dim))
-LIVREC_DECLARE(int64_t, contrastive_space, (int64_t dim, int64_t similar_dim))  // floats of scratch
+LIVREC_DECLARE(int64_t, contrastive_space,
+               (int64_t dim, int64_t similar_dim, int64_t terms))  // floats of scratch
 
 // Rows of x [count, dim], of unit length where `normalize`, rounded to `rounded` and as float32;
 // zeros where not valid. norms [count], or null: what they were divided by, 0 for less than 1e-12.
@@ -98,27 +109,27 @@ LIVREC_DECLARE(void, contrastive_pairs,
 
 // Of rows, or of columns (padded), brought up to date by a part: the greatest logit, the sum of
 // exponentials, how many negatives there are (or null: not asked), and with groups the sum of the
-// products of positives. The own key, or row, is left out.
+// products of positives. The own key, or row, is left out. Kernels take those of every term.
 struct ContrastiveSums {
   float *peaks, *sums;
   int32_t* negatives;
   double* positives;
 };
 LIVREC_DECLARE(void, contrastive_forward,
-               (const Contrastive& call, const ContrastivePart& part, float* scratch,
-                const ContrastiveSums& rows, const ContrastiveSums& columns))
+               (const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
+                const ContrastiveSums* rows, const ContrastiveSums* columns))
 
 struct ContrastiveSlopes {
   const float *row_shifts, *row_factors;        // lse_i and g_i
   const float *column_shifts, *column_factors;  // [columns, padded]: lse'_j and h_j
   const float *row_means, *column_means;        // with groups: g_i / n_i and h_j / n'_j
-  float *dq, *dk;                               // added up; or null
+  float *dq, *dk;                               // added up; or null. Terms may share dq
   float* row_weights;                           // [columns, padded]: sum_i of the rows' own part
 };
 
 LIVREC_DECLARE(void, contrastive_backward,
-               (const Contrastive& call, const ContrastivePart& part, float* scratch,
-                const ContrastiveSlopes& slopes))
+               (const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
+                const ContrastiveSlopes* slopes))
 
 // The gradient of rows of x from that of their units, (du + factor_i other_i) scale, in `type`.
 // slopes [count], or null: <unit_i, that gradient>.

@@ -104,9 +104,9 @@ int64_t contrastive_stride(int64_t dim) {
   return 16 * (lines % 2 == 0 ? lines + 1 : lines);
 }
 
-int64_t contrastive_space(int64_t dim, int64_t similar_dim) {
+int64_t contrastive_space(int64_t dim, int64_t similar_dim, int64_t terms) {
   return 2 * kTileRows * kTileStride +
-         kTileColumns * ((dim + 15) / 16 * 16 + (similar_dim + 15) / 16 * 16);
+         kTileColumns * ((dim + 15) / 16 * 16 * terms + (similar_dim + 15) / 16 * 16);
 }
 
 void contrastive_units(const void* x, TableType type, bool normalize, TableType rounded,
@@ -165,7 +165,7 @@ void contrastive_products(const float* a, const float* b, int64_t count, int64_t
 void contrastive_pairs(const Contrastive& call, int64_t above, int64_t block, uint64_t* pairs,
                        float* scratch) {
   const int64_t dim = call.similar_dim, stride = call.similar_stride, batch = call.queries.count;
-  const TileSpace space(scratch, call.dim);
+  const TileSpace space(scratch, call.dim, dim);
   const int64_t first = above * kPairsBlock, column = block * kPairsBlock,
                 rows = least(kPairsBlock, batch - first),
                 columns = least(kPairsBlock, call.similar.count - column);
@@ -194,23 +194,27 @@ void contrastive_pairs(const Contrastive& call, int64_t above, int64_t block, ui
   if (above != block) write(turned, column, least(columns, batch - column), above * kBlockWords);
 }
 
-void contrastive_forward(const Contrastive& call, const ContrastivePart& part, float* scratch,
-                         const ContrastiveSums& rows, const ContrastiveSums& columns) {
-  const TileSpace space(scratch, call.dim);
-  each_tile(call, part, space, [&](int64_t column, int64_t width, int64_t row, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float* s = space.s + i * kTileStride;
-      add_row(call, call.row_bias + column, width, s, rows.peaks + row + i, rows.sums + row + i);
-      if (rows.negatives != nullptr) tally_row(call, row + i, column, width, s, rows);
-    }
-    if (call.column_bias == nullptr) return;
-    for (int64_t v = 0; v < width; v += kLanes) {
-      add_columns(call, call.column_bias + column + v, count, space.s + v,
-                  columns.peaks + column + v, columns.sums + column + v);
-      if (columns.negatives != nullptr)
-        tally_columns(call, row, count, column + v, space.s + v, columns);
-    }
-  });
+void contrastive_forward(const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
+                         const ContrastiveSums* of_rows, const ContrastiveSums* of_columns) {
+  const TileSpace space(scratch, terms.calls[0].dim, terms.calls[0].similar_dim);
+  each_tile(terms, part, space,
+            [&](int64_t term, int64_t column, int64_t width, int64_t row, int64_t count) {
+              const Contrastive& call = terms.calls[term];
+              const ContrastiveSums &rows = of_rows[term], &columns = of_columns[term];
+              for (int64_t i = 0; i < count; ++i) {
+                const float* s = space.s + i * kTileStride;
+                add_row(call, call.row_bias + column, width, s, rows.peaks + row + i,
+                        rows.sums + row + i);
+                if (rows.negatives != nullptr) tally_row(call, row + i, column, width, s, rows);
+              }
+              if (call.column_bias == nullptr) return;
+              for (int64_t v = 0; v < width; v += kLanes) {
+                add_columns(call, call.column_bias + column + v, count, space.s + v,
+                            columns.peaks + column + v, columns.sums + column + v);
+                if (columns.negatives != nullptr)
+                  tally_columns(call, row, count, column + v, space.s + v, columns);
+              }
+            });
 }
 
 }  // namespace LIVREC_ISA

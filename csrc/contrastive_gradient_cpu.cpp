@@ -66,39 +66,42 @@ void narrow(const float* row, TableType type, int64_t dim, int64_t at, void* out
 
 }  // namespace
 
-void contrastive_backward(const Contrastive& call, const ContrastivePart& part, float* scratch,
-                          const ContrastiveSlopes& slopes) {
-  const TileSpace space(scratch, call.dim);
-  const int64_t padded = padded_to_lanes(call.dim), stride = call.stride;
-  each_tile(call, part, space, [&](int64_t column, int64_t width, int64_t row, int64_t rows) {
-    const bool both = call.column_bias != nullptr, groups = call.groups != nullptr;
-    const auto weigh = both && groups ? weigh_row<true, true>
-                       : both         ? weigh_row<true, false>
-                       : groups       ? weigh_row<false, true>
-                                      : weigh_row<false, false>;
-    for (int64_t i = 0; i < rows; ++i)
-      weigh(call, slopes, row + i, column, width, space.s + i * kTileStride);
-    const int64_t columns = least(width, call.keys.count - column);
-    if (call.keys.paired != nullptr) {
-      float *by_column = space.similar, *by_row = by_column + kTileRows * kWordStride;
-      pack_weights(space.s, rows, width, by_column, by_row);
-      if (slopes.dq != nullptr)
-        multiply<false, false, OfPairs>(
-            {by_column, kWordStride, 1}, rows, call.keys.paired + column / 2 * stride, stride,
-            words_of(columns), slopes.dq + row * stride, stride, padded, true);
-      if (slopes.dk != nullptr)
-        multiply<false, false, OfPairs>(
-            {by_row, 1, kTileStride}, columns, call.queries.paired + row / 2 * stride, stride,
-            words_of(rows), slopes.dk + column * stride, stride, padded, true);
-      return;
-    }
-    if (slopes.dq != nullptr)
-      multiply({space.s, kTileStride, 1}, rows, call.keys.units + column * stride, stride, columns,
-               slopes.dq + row * stride, stride, padded, true);
-    if (slopes.dk != nullptr)
-      multiply({space.s, 1, kTileStride}, columns, call.queries.units + row * stride, stride, rows,
-               slopes.dk + column * stride, stride, padded, true);
-  });
+void contrastive_backward(const ContrastiveTerms& terms, const ContrastivePart& part,
+                          float* scratch, const ContrastiveSlopes* of_terms) {
+  const TileSpace space(scratch, terms.calls[0].dim, terms.calls[0].similar_dim);
+  const int64_t padded = padded_to_lanes(terms.calls[0].dim), stride = terms.calls[0].stride;
+  each_tile(terms, part, space,
+            [&](int64_t term, int64_t column, int64_t width, int64_t row, int64_t rows) {
+              const Contrastive& call = terms.calls[term];
+              const ContrastiveSlopes& slopes = of_terms[term];
+              const bool both = call.column_bias != nullptr, groups = call.groups != nullptr;
+              const auto weigh = both && groups ? weigh_row<true, true>
+                                 : both         ? weigh_row<true, false>
+                                 : groups       ? weigh_row<false, true>
+                                                : weigh_row<false, false>;
+              for (int64_t i = 0; i < rows; ++i)
+                weigh(call, slopes, row + i, column, width, space.s + i * kTileStride);
+              const int64_t columns = least(width, call.keys.count - column);
+              if (call.keys.paired != nullptr) {
+                float *by_column = space.other, *by_row = by_column + kTileRows * kWordStride;
+                pack_weights(space.s, rows, width, by_column, by_row);
+                if (slopes.dq != nullptr)
+                  multiply<false, false, OfPairs>(
+                      {by_column, kWordStride, 1}, rows, call.keys.paired + column / 2 * stride,
+                      stride, words_of(columns), slopes.dq + row * stride, stride, padded, true);
+                if (slopes.dk != nullptr)
+                  multiply<false, false, OfPairs>(
+                      {by_row, 1, kTileStride}, columns, call.queries.paired + row / 2 * stride,
+                      stride, words_of(rows), slopes.dk + column * stride, stride, padded, true);
+                return;
+              }
+              if (slopes.dq != nullptr)
+                multiply({space.s, kTileStride, 1}, rows, call.keys.units + column * stride, stride,
+                         columns, slopes.dq + row * stride, stride, padded, true);
+              if (slopes.dk != nullptr)
+                multiply({space.s, 1, kTileStride}, columns, call.queries.units + row * stride,
+                         stride, rows, slopes.dk + column * stride, stride, padded, true);
+            });
 }
 
 void contrastive_finish(const ContrastiveRows& rows, int64_t begin, int64_t end, void* out,

@@ -5,15 +5,7 @@ namespace {
 
 Tensor scalar_like(const Tensor& x, double value) {
   const Tensor out = empty_cpu({}, x.scalar_type());
-  void* to = out.mutable_data_ptr();
-  if (x.scalar_type() == ScalarType::Double)
-    *static_cast<double*>(to) = value;
-  else if (x.scalar_type() == ScalarType::Float)
-    *static_cast<float*>(to) = static_cast<float>(value);
-  else if (x.scalar_type() == ScalarType::Half)
-    *static_cast<torch::headeronly::Half*>(to) = static_cast<float>(value);
-  else
-    *static_cast<torch::headeronly::BFloat16*>(to) = static_cast<float>(value);
+  put_number(out, 0, value);
   return out;
 }
 
@@ -34,39 +26,33 @@ std::vector<Tensor> in_batch_contrastive_backward(
   ContrastiveCall called({query, key, temperature, normalize, symmetric, query_ids, key_ids,
                           group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,
                           extra_keys, precision});
-  const int64_t batch = called.batch;
-  STD_TORCH_CHECK(outputs.size() == 3 && grads.size() == 3 &&
-                      (!grads[0] || grads[0]->numel() == batch) &&
-                      outputs[1].numel() == called.kept_sums() * batch &&
-                      outputs[1].scalar_type() == ScalarType::Double &&
-                      outputs[2].numel() == batch * called.pair_words() &&
-                      outputs[2].scalar_type() == ScalarType::Long,
-                  "outputs, grads: must be losses, lse and pairs, as the forward pass gives them");
+  check_kept({&called}, grads, outputs);
   if (called.keeps_pairs) called.use_pairs(torch::stable::contiguous(outputs[2]));
-  size_t at = 3;
-  const auto next = [&](const Optional& x) { return x && needs[at++]; };
-  next(query_ids), next(key_ids), next(group_ids);
-  const bool of_pairs = next(pair_vectors);
-  const bool of_log_q = next(log_q);
-  next(valid);
+  ContrastiveNeeds asked(needs);
+  const bool of_query = asked.next(), of_key = asked.next(), of_temperature = asked.next();
+  asked.next(query_ids), asked.next(key_ids), asked.next(group_ids);
+  const bool of_pairs = asked.next(pair_vectors), of_log_q = asked.next(log_q);
+  asked.next(valid);
+  const bool of_extra_keys = asked.next(extra_keys);
+  asked.end();
   Optional grad;
   if (grads[0]) grad = torch::stable::contiguous(*grads[0]);
   const Tensor lse = torch::stable::contiguous(outputs[1]);
   ContrastiveGradient gradient(called, grad ? grad->const_data_ptr<float>() : nullptr,
                                lse.const_data_ptr<double>(),
-                               {needs[0], needs[1], needs[2], of_log_q, next(extra_keys)});
-  gradient.run();
+                               {of_query, of_key, of_temperature, of_log_q, of_extra_keys});
+  ContrastiveGradient::run({&gradient});
   std::vector<Tensor> found;
-  double of_temperature = 0.0;
-  if (needs[0] || needs[2]) {
-    const Tensor of_query = gradient.query(of_temperature);
-    if (needs[0]) found.push_back(of_query);
+  double slope = 0.0;
+  if (of_query || of_temperature) {
+    const Tensor made = gradient.query(slope);
+    if (of_query) found.push_back(made);
   }
-  if (needs[1]) found.push_back(gradient.key());
-  if (needs[2]) found.push_back(scalar_like(temperature, of_temperature));
+  if (of_key) found.push_back(gradient.key());
+  if (of_temperature) found.push_back(scalar_like(temperature, slope));
   if (of_pairs) found.push_back(zeros_like(*pair_vectors));
   if (of_log_q) found.push_back(gradient.log_q());
-  if (extra_keys && needs.back()) found.push_back(gradient.extra_keys());
+  if (of_extra_keys) found.push_back(gradient.extra_keys());
   return found;
 }
 

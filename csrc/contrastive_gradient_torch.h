@@ -9,6 +9,22 @@ struct ContrastiveWanted {
   bool query, key, temperature, log_q, extra_keys;
 };
 
+// That a gradient is given what the forward pass gives, of all terms.
+inline void check_kept(const ContrastiveCalls& calls, const std::vector<Optional>& grads,
+                       const std::vector<Tensor>& outputs) {
+  const ContrastiveCall& first = *calls[0];
+  const int64_t rows = static_cast<int64_t>(calls.size()) * first.batch;
+  const auto [kept, words] = first.kept_shape();
+  STD_TORCH_CHECK(
+      outputs.size() == 3 && grads.size() == 3 &&
+          (!grads[0] ||
+           (grads[0]->numel() == rows && grads[0]->scalar_type() == ScalarType::Float)) &&
+          outputs[1].numel() == first.kept_sums() * rows &&
+          outputs[1].scalar_type() == ScalarType::Double && outputs[2].numel() == kept * words &&
+          outputs[2].scalar_type() == ScalarType::Long,
+      "outputs, grads: must be losses, lse and pairs, as the forward pass gives them");
+}
+
 class ContrastiveGradient {
  public:
   // dq: of several terms, added up; their logits are weighed by `ratio`, what 1 / T is to `scale`,
@@ -34,16 +50,18 @@ class ContrastiveGradient {
     for (int64_t i = 0; i < called.batch; ++i) ask(i);
   }
 
-  void run() {
-    ContrastiveSlopes slopes{};
-    slopes.row_shifts = rows_.shifts.data(), slopes.row_factors = rows_.factors.data();
-    slopes.column_shifts = columns_.shifts.data(), slopes.column_factors = columns_.factors.data();
-    slopes.row_means = rows_.means.data(), slopes.column_means = columns_.means.data();
-    slopes.dq = dq_.data(), slopes.dk = dk_.data();
-    slopes.row_weights = wanted_.log_q ? of_log_q_.data() : nullptr;
-    called_.each_part([&](const ContrastivePart& part, float* scratch) {
-      LIVREC_CALL(contrastive_backward, called_.call, part, scratch, slopes);
-    });
+  // Those of all terms at once.
+  static void run(const std::vector<ContrastiveGradient*>& gradients) {
+    ContrastiveCalls calls;
+    std::vector<ContrastiveSlopes> slopes;
+    for (ContrastiveGradient* gradient : gradients) {
+      calls.push_back(&gradient->called_);
+      slopes.push_back(gradient->slopes());
+    }
+    ContrastiveCall::each_part(
+        calls, [&](const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch) {
+          LIVREC_CALL(contrastive_backward, terms, part, scratch, slopes.data());
+        });
   }
 
   Tensor query(double& of_temperature) {
@@ -99,10 +117,7 @@ class ContrastiveGradient {
     for (int64_t j = 0; j < out.numel(); ++j) {
       const auto at = static_cast<size_t>(j);
       const double found = (j < called_.batch ? own_log_q(j) : 0.0) - of_log_q_[at];
-      if (out.scalar_type() == ScalarType::Double)
-        out.mutable_data_ptr<double>()[j] = found;
-      else
-        out.mutable_data_ptr<float>()[j] = static_cast<float>(found);
+      put_number(out, j, found);
     }
     return out;
   }
@@ -136,6 +151,17 @@ class ContrastiveGradient {
       missed[at] = grad;
     }
   };
+
+  ContrastiveSlopes slopes() {
+    ContrastiveSlopes made{};
+    made.row_shifts = rows_.shifts.data(), made.row_factors = rows_.factors.data();
+    made.column_shifts = columns_.shifts.data(), made.column_factors = columns_.factors.data();
+    made.row_means = rows_.means.data(), made.column_means = columns_.means.data();
+    made.dq = wanted_.query || wanted_.temperature ? dq_.data() : nullptr;
+    made.dk = dk_.data();
+    made.row_weights = wanted_.log_q ? of_log_q_.data() : nullptr;
+    return made;
+  }
 
   // The part of a row's own log Q that its positive, or its other negatives, see.
   double own_log_q(int64_t i) const {

@@ -63,21 +63,36 @@ inline double unsampled_loss(const ContrastiveCall& called, const Sums& all, int
 }
 
 // losses [batch]; lses [kept_sums, batch]: what the backward pass needs.
-inline void find_losses(const ContrastiveCall& called, float* losses, double* lses) {
+inline void losses_of(const ContrastiveCall& called, const Sums& rows, const Sums& columns,
+                      float* losses, double* lses) {
   const int64_t batch = called.batch;
-  const bool groups = called.has_groups();
-  Sums rows(batch, groups || called.unsampled, groups),
-      columns(called.symmetric ? called.padded_columns : 0, groups, groups);
-  const ContrastiveSums of_rows = rows.given(), of_columns = columns.given();
-  called.each_part([&](const ContrastivePart& part, float* scratch) {
-    LIVREC_CALL(contrastive_forward, called.call, part, scratch, of_rows, of_columns);
-  });
   for (int64_t i = 0; i < batch; ++i) {
     double loss = called.unsampled ? unsampled_loss(called, rows, i, lses[i],
                                                     lses[batch * (1 + called.symmetric) + i])
                                    : loss_of(called, rows, i, false, lses[i]);
     if (called.symmetric) loss = (loss + loss_of(called, columns, i, true, lses[batch + i])) / 2;
     losses[i] = static_cast<float>(loss);
+  }
+}
+
+// Likewise of every term: losses [terms, batch], lses [terms, kept_sums, batch].
+inline void find_losses(const ContrastiveCalls& calls, float* losses, double* lses) {
+  std::vector<Sums> rows, columns;
+  for (const ContrastiveCall* called : calls) {
+    const bool groups = called->has_groups();
+    rows.emplace_back(called->batch, groups || called->unsampled, groups);
+    columns.emplace_back(called->symmetric ? called->padded_columns : 0, groups, groups);
+  }
+  std::vector<ContrastiveSums> of_rows, of_columns;
+  for (Sums& sums : rows) of_rows.push_back(sums.given());
+  for (Sums& sums : columns) of_columns.push_back(sums.given());
+  ContrastiveCall::each_part(
+      calls, [&](const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch) {
+        LIVREC_CALL(contrastive_forward, terms, part, scratch, of_rows.data(), of_columns.data());
+      });
+  for (size_t t = 0; t < calls.size(); ++t) {
+    losses_of(*calls[t], rows[t], columns[t], losses, lses);
+    losses += calls[t]->batch, lses += calls[t]->kept_sums() * calls[t]->batch;
   }
 }
 

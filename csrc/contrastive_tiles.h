@@ -72,35 +72,34 @@ LIVREC_INLINE uint64_t bits_above(const float* s, float threshold, int64_t count
 }
 
 constexpr int64_t kTileWords = kTileColumns / kPanel;
+typedef uint64_t RowBits[kTileWords];  // a bit for each column of a tile
+
+// One bit for each of a panel's ids that is the row's own.
+LIVREC_INLINE uint64_t bits_equal(const int32_t* ids, int32_t own) {
+  uint64_t bits = 0;
+  for (int64_t v = 0; v < kPanel; v += kLanes)
+    bits |= static_cast<uint64_t>(bits_of_lanes<kLanes>(load_ids(ids + v) == Ints{} + own)) << v;
+  return bits;
+}
 
 // Takes masked pairs out of a row of products, and its own: -inf, which no shift brings back.
-// Positives of its group stay. width: of the tile, whole panels; words: bits of its false
-// negatives, or null.
+// Positives of its group stay. width: of the tile, whole panels; masked: by the row's query.
 template <bool kGroups>
 inline void mask_row(const Contrastive& call, int64_t row, int64_t column, int64_t width,
-                     const uint64_t* words, float* s) {
+                     const RowBits& masked, float* s) {
   const Floats gone = Floats{} - kInfinity;
   if (call.valid != nullptr && !call.valid[row]) {
     for (int64_t v = 0; v < width; v += kLanes) store(s + v, gone);
     return;
   }
   const int32_t group = kGroups ? call.row_groups[row] : 0;
-  const auto drop = [&](const int32_t* rows, const int32_t* columns) {
-    const Ints own = Ints{} + rows[row];
-    for (int64_t v = 0; v < width; v += kLanes) {
-      Ints same = load_ids(columns + column + v) == own;
-      if (kGroups) same &= load_ids(call.groups + column + v) != group;
-      store(s + v, same ? gone : load(s + v));
-    }
-  };
-  if (call.query_ids != nullptr) drop(call.row_query_ids, call.query_ids);
-  if (call.key_ids != nullptr) drop(call.row_key_ids, call.key_ids);
-  if (words != nullptr)
-    for (int64_t p = 0; p * kPanel < width && column + p * kPanel < call.similar.count; ++p)
-      for (uint64_t bits = words[p]; bits != 0; bits &= bits - 1) {
-        const int64_t at = p * kPanel + __builtin_ctzll(bits);
-        if (!kGroups || call.groups[column + at] != group) s[at] = -kInfinity;
-      }
+  for (int64_t p = 0; p * kPanel < width; ++p) {
+    const int64_t at = column + p * kPanel;
+    uint64_t bits = masked[p];
+    if (call.key_ids != nullptr) bits |= bits_equal(call.key_ids + at, call.row_key_ids[row]);
+    if (kGroups && bits != 0) bits &= ~bits_equal(call.groups + at, group);
+    for (; bits != 0; bits &= bits - 1) s[p * kPanel + __builtin_ctzll(bits)] = -kInfinity;
+  }
   if (row >= column && row < column + width) s[row - column] = -kInfinity;
 }
 
@@ -125,14 +124,17 @@ LIVREC_INLINE Floats logits_of(const Contrastive& call, Floats products, Floats 
          fused(products, Floats{} + call.rest, bias);
 }
 
-// Takes scratch memory apart: a tile of products, and the panels of its columns.
+// Takes scratch memory apart: a tile of products, another for what is needed beside it, and the
+// panels of its columns, of the vectors compared and of each term's keys.
 struct TileSpace {
-  float *s, *panels, *similar, *similar_panels;
-  TileSpace(float* scratch, int64_t dim)
+  float *s, *other, *similar_panels, *panels;
+  int64_t panels_size;
+  TileSpace(float* scratch, int64_t dim, int64_t similar_dim)
       : s(scratch),
-        panels(s + kTileRows * kTileStride),
-        similar(panels + kTileColumns * padded_to_lanes(dim)),
-        similar_panels(similar + kTileRows * kTileStride) {}
+        other(s + kTileRows * kTileStride),
+        similar_panels(other + kTileRows * kTileStride),
+        panels(similar_panels + kTileColumns * padded_to_lanes(similar_dim)),
+        panels_size(kTileColumns * padded_to_lanes(dim)) {}
 };
 
 inline void turn_panels(const ContrastiveSide& side, int64_t dim, int64_t stride, int64_t column,
@@ -142,58 +144,72 @@ inline void turn_panels(const ContrastiveSide& side, int64_t dim, int64_t stride
       turn_panel(side, dim, stride, column + p, out + p * padded_to_lanes(dim));
 }
 
-// A tile of masked products.
-inline void fill_tile(const Contrastive& call, const TileSpace& space, int64_t column,
-                      int64_t width, int64_t row, int64_t rows) {
-  const int64_t stride = call.stride,
-                similar = call.finds_similar ? least(width, call.similar.count - column) : 0;
-  if (call.queries.words != nullptr)
-    tile_pair_products(call.queries.words + row * call.words_stride, rows, call.words_stride,
-                       space.panels, width, words_of(call.dim), space.s);
-  else
-    tile_products(call.queries.units + row * stride, rows, stride, space.panels, width, call.dim,
-                  space.s);
+// What the queries mask of a tile, in any term: by their ids, and false negatives.
+inline void mask_by_queries(const Contrastive& call, const TileSpace& space, int64_t column,
+                            int64_t width, int64_t row, int64_t rows, RowBits* masked) {
+  const int64_t similar =
+      call.finds_similar ? least(width, call.similar.count - column) : 0;  // or less than 0
   if (similar > 0)
     tile_products(call.similar.units + row * call.similar_stride, rows, call.similar_stride,
-                  space.similar_panels, similar, call.similar_dim, space.similar);
-  for (int64_t i = 0; i < rows; ++i) {
-    uint64_t found[kTileWords];
-    const uint64_t* words = nullptr;
-    if (call.pairs != nullptr) words = call.pairs + (row + i) * call.words + column / kPanel;
-    if (similar > 0) {
-      for (int64_t p = 0; p * kPanel < similar; ++p)
-        found[p] = bits_above(space.similar + i * kTileStride + p * kPanel, call.threshold,
-                              similar - p * kPanel);
-      words = found;
+                  space.similar_panels, similar, call.similar_dim, space.other);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t p = 0; p < kTileWords; ++p) {
+      const int64_t first = p * kPanel, word = column / kPanel + p;
+      uint64_t bits = 0;
+      if (first < similar)
+        bits = bits_above(space.other + i * kTileStride + first, call.threshold, similar - first);
+      else if (call.pairs != nullptr && word < call.words)
+        bits = call.pairs[(row + i) * call.words + word];
+      if (call.query_ids != nullptr && first < width)
+        bits |= bits_equal(call.query_ids + column + first, call.row_query_ids[row + i]);
+      masked[i][p] = bits;
     }
-    float* s = space.s + i * kTileStride;
-    if (call.groups != nullptr)
-      mask_row<true>(call, row + i, column, width, words, s);
-    else
-      mask_row<false>(call, row + i, column, width, words, s);
-  }
 }
 
-// Visits a part tile by tile: visit(column, width, row, rows), its products in space.s, -inf where
-// a pair is masked.
+// A tile of masked products.
+inline void fill_tile(const Contrastive& call, const float* panels, int64_t column, int64_t width,
+                      int64_t row, int64_t rows, const RowBits* masked, float* s) {
+  if (call.queries.words != nullptr)
+    tile_pair_products(call.queries.words + row * call.words_stride, rows, call.words_stride,
+                       panels, width, words_of(call.dim), s);
+  else
+    tile_products(call.queries.units + row * call.stride, rows, call.stride, panels, width,
+                  call.dim, s);
+  const auto mask = call.groups != nullptr ? mask_row<true> : mask_row<false>;
+  for (int64_t i = 0; i < rows; ++i)
+    mask(call, row + i, column, width, masked[i], s + i * kTileStride);
+}
+
+// Visits a part tile by tile, and in each tile term by term: visit(term, column, width, row, rows),
+// the term's products in space.s, -inf where a pair is masked.
 template <typename Visit>
-LIVREC_INLINE void each_tile(const Contrastive& call, const ContrastivePart& part,
+LIVREC_INLINE void each_tile(const ContrastiveTerms& terms, const ContrastivePart& part,
                              const TileSpace& space, const Visit& visit) {
+  const Contrastive& shared = terms.calls[0];
+  RowBits masked[kTileRows];
   for (int64_t at = 0; at < part.columns; at += kTileColumns) {
     const int64_t column = part.column + at,
                   width = least(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
-    if (call.keys.words != nullptr)
-      turn_panels({call.keys.words, call.keys.count, nullptr, nullptr}, words_of(call.dim),
-                  call.words_stride, column, width, space.panels);
-    else
-      turn_panels(call.keys, call.dim, call.stride, column, width, space.panels);
-    if (call.finds_similar)
-      turn_panels(call.similar, call.similar_dim, call.similar_stride, column, width,
+    for (int64_t t = 0; t < terms.count; ++t) {
+      const Contrastive& call = terms.calls[t];
+      float* panels = space.panels + t * space.panels_size;
+      if (call.keys.words != nullptr)
+        turn_panels({call.keys.words, call.keys.count, nullptr, nullptr}, words_of(call.dim),
+                    call.words_stride, column, width, panels);
+      else
+        turn_panels(call.keys, call.dim, call.stride, column, width, panels);
+    }
+    if (shared.finds_similar)
+      turn_panels(shared.similar, shared.similar_dim, shared.similar_stride, column, width,
                   space.similar_panels);
     for (int64_t r = 0; r < part.rows; r += kTileRows) {
       const int64_t row = part.row + r, rows = least(kTileRows, part.rows - r);
-      fill_tile(call, space, column, width, row, rows);
-      visit(column, width, row, rows);
+      mask_by_queries(shared, space, column, width, row, rows, masked);
+      for (int64_t t = 0; t < terms.count; ++t) {
+        fill_tile(terms.calls[t], space.panels + t * space.panels_size, column, width, row, rows,
+                  masked, space.s);
+        visit(t, column, width, row, rows);
+      }
     }
   }
 }

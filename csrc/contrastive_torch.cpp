@@ -13,12 +13,11 @@ std::tuple<Tensor, Tensor, Tensor> in_batch_contrastive(
                           group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,
                           extra_keys, precision});
   const int64_t batch = called.batch;
-  const Tensor pairs =
-      empty_cpu({called.keeps_pairs ? batch : 0, called.pair_words()}, ScalarType::Long);
+  const Tensor pairs = empty_cpu(called.kept_shape(), ScalarType::Long);
   if (called.keeps_pairs) called.find_pairs(pairs);
   const Tensor losses = empty_cpu({batch}, ScalarType::Float);
   const Tensor lse = empty_cpu({called.kept_sums(), batch}, ScalarType::Double);
-  find_losses(called, losses.mutable_data_ptr<float>(), lse.mutable_data_ptr<double>());
+  find_losses({&called}, losses.mutable_data_ptr<float>(), lse.mutable_data_ptr<double>());
   return {losses, lse, pairs};
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -45,6 +46,43 @@ inline double number_at(const Tensor& x, int64_t at) {
       static_cast<const torch::headeronly::BFloat16*>(x.const_data_ptr())[at]);
 }
 
+inline void put_number(const Tensor& x, int64_t at, double value) {
+  void* to = x.mutable_data_ptr();
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      static_cast<double*>(to)[at] = value;
+      return;
+    case ScalarType::Float:
+      static_cast<float*>(to)[at] = static_cast<float>(value);
+      return;
+    case ScalarType::Half:
+      static_cast<torch::headeronly::Half*>(to)[at] = static_cast<float>(value);
+      return;
+    default:
+      break;
+  }
+  static_cast<torch::headeronly::BFloat16*>(to)[at] = static_cast<float>(value);
+}
+
+// Which tensors' gradients a backward operator is asked for: of those that it is given, in order.
+class ContrastiveNeeds {
+ public:
+  explicit ContrastiveNeeds(const std::vector<bool>& needs) : needs_(needs) {}
+  bool next() {
+    check(at_ < needs_.size());
+    return needs_[at_++];
+  }
+  bool next(const Optional& given) { return given && next(); }
+  void end() const { check(at_ == needs_.size()); }
+
+ private:
+  void check(bool fits) const {
+    STD_TORCH_CHECK(fits, "needs: must be one bool per tensor that is given, got ", needs_.size());
+  }
+  const std::vector<bool>& needs_;
+  size_t at_ = 0;
+};
+
 // Numbers that are equal where ids are: those of columns, -1 past the last.
 inline std::vector<int32_t> ranks_of(const Tensor& ids, int64_t padded) {
   const int64_t* from = ids.const_data_ptr<int64_t>();
@@ -69,6 +107,9 @@ constexpr int64_t kMostChunks = 32;   // no more threads have work
 constexpr int64_t kChunk = 256;       // columns of a chunk, unless there are many
 constexpr int64_t kRowsAtATime = 64;  // of work that is done row by row
 
+class ContrastiveCall;
+using ContrastiveCalls = std::vector<const ContrastiveCall*>;  // of terms
+
 class ContrastiveCall {
  public:
   Tensor query, key;
@@ -82,7 +123,7 @@ class ContrastiveCall {
   std::vector<double> positives;  // <q_i, k_i>
   Contrastive call{};
 
-  // shared: a call of the same queries, compared alike, whose queries this one uses; it must
+  // shared: the first of several terms, whose queries, and what they mask, this one uses; it must
   // outlive it. query_valid: rows whose queries are read, if not those that are valid.
   explicit ContrastiveCall(const ContrastiveArguments& given,
                            const ContrastiveCall* shared = nullptr,
@@ -124,7 +165,7 @@ class ContrastiveCall {
     query_valid_ = query_valid ? query_valid : call.valid;
     make_units();
     if (rounds && LIVREC_CALL(contrastive_packs)) pack_units();
-    if (given.threshold) make_similar(given);
+    if (given.threshold && !shared_) make_similar(given);
   }
 
   float* units_of(int64_t row) const {
@@ -156,8 +197,13 @@ class ContrastiveCall {
     const double sum = (others + positives[static_cast<size_t>(row)]) / temperature;
     return (of_column ? sum : sum - groups_.log_q[group]) / positives_of(row, of_column);
   }
-  int64_t space() const { return LIVREC_CALL(contrastive_space, dim, call.similar_dim); }
-  int64_t pair_words() const { return keeps_pairs ? call.words : 0; }
+  int64_t space(int64_t terms = 1) const {
+    return LIVREC_CALL(contrastive_space, dim, call.similar_dim, terms);
+  }
+  // Of the bits that are kept for the gradient, [rows, words].
+  std::array<int64_t, 2> kept_shape() const {
+    return keeps_pairs ? std::array<int64_t, 2>{batch, call.words} : std::array<int64_t, 2>{0, 0};
+  }
   int64_t kept_sums() const { return 1 + symmetric + unsampled; }
 
   // Bits of false negatives, kept for both passes.
@@ -186,15 +232,33 @@ class ContrastiveCall {
     call.finds_similar = false;
   }
 
-  // Runs on every part of the logits, so that no two at a time share rows or columns, and those
-  // that do come in one order.
+  // Runs on every part of the terms' logits, so that no two at a time share rows or columns, and
+  // those that do come in one order: run(terms, part, scratch).
   template <typename Run>
-  void each_part(const Run& run) const {
+  static void each_part(const ContrastiveCalls& calls, const Run& run) {
+    std::vector<Contrastive> terms;
+    for (const ContrastiveCall* called : calls) terms.push_back(called->call);
+    const auto count = static_cast<int64_t>(terms.size());
+    calls[0]->each_part(count, [&](const ContrastivePart& part, float* scratch) {
+      run(ContrastiveTerms{terms.data(), count}, part, scratch);
+    });
+  }
+  template <typename Run>
+  static void each_rows(int64_t count, const Run& run) {
+    const int64_t blocks = (count + kRowsAtATime - 1) / kRowsAtATime;
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      run(begin * kRowsAtATime, std::min(count, end * kRowsAtATime));
+    });
+  }
+
+ private:
+  template <typename Run>
+  void each_part(int64_t terms, const Run& run) const {
     const int64_t panels = (columns + kPanel - 1) / kPanel;
     for (int64_t phase = 0; phase < chunks && batch > 0; ++phase)
       torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
         Buffer scratch;
-        float* scratched = scratch.of(space());
+        float* scratched = scratch.of(space(terms));
         for (int64_t t = begin; t < end; ++t) {
           const int64_t of = (t + phase) % chunks, row = first_row(t),
                         first = of * panels / chunks * kPanel,
@@ -206,15 +270,7 @@ class ContrastiveCall {
   int64_t first_row(int64_t chunk) const {  // an even one, as rows may come in pairs
     return chunk == chunks ? batch : chunk * batch / chunks / 2 * 2;
   }
-  template <typename Run>
-  static void each_rows(int64_t count, const Run& run) {
-    const int64_t blocks = (count + kRowsAtATime - 1) / kRowsAtATime;
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      run(begin * kRowsAtATime, std::min(count, end * kRowsAtATime));
-    });
-  }
 
- private:
   void check(const ContrastiveArguments& given) const {
     STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature),
                     "temperature: must be one number, positive and finite");
@@ -266,7 +322,7 @@ class ContrastiveCall {
       held = ranks_of(torch::stable::contiguous(*ids), padded_columns);
       of_rows = of_columns = held.data();
     };
-    number(given.query_ids, query_ids_, call.row_query_ids, call.query_ids);
+    if (!shared_) number(given.query_ids, query_ids_, call.row_query_ids, call.query_ids);
     number(given.key_ids, key_ids_, call.row_key_ids, call.key_ids);
     number(given.group_ids, groups_.of, call.row_groups, call.groups);
     if (given.group_ids) count_groups(given.group_ids->size(0));
@@ -344,14 +400,6 @@ class ContrastiveCall {
     const Tensor vectors =
         given.pair_vectors ? torch::stable::contiguous(*given.pair_vectors) : query;
     const int64_t count = vectors.size(0);
-    if (shared_) {
-      call.threshold = shared_->call.threshold, call.words = shared_->call.words;
-      call.similar = shared_->call.similar, call.finds_similar = shared_->call.finds_similar;
-      call.similar_dim = shared_->call.similar_dim;
-      call.similar_stride = shared_->call.similar_stride;
-      call.pairs = shared_->call.pairs;
-      return;
-    }
     call.threshold = static_cast<float>(*given.threshold);
     call.similar = {units_of(0), count, nullptr, nullptr}, call.finds_similar = true;
     call.words = (count + kPairsPerWord - 1) / kPairsPerWord;

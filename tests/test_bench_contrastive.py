@@ -18,6 +18,7 @@ from livrec_fast.benchmarking import (
     find_cases,
     run_case,
 )
+from livrec_fast.testing.subjects import to_double
 
 BENCHES = Path(__file__).parent.parent / "benches"
 OPTIONS = Options(quick=True)
@@ -96,6 +97,38 @@ def test_many_rows_are_held_to_the_formula_in_blocks(monkeypatch):
             torch.testing.assert_close(blocks, whole, rtol=1e-4, atol=1e-6)
 
 
+def test_very_many_rows_are_held_by_some(monkeypatch):
+    bench = module("bench_contrastive")
+    for name, value in (("MOST_IN_FULL", 63), ("SOME", 17), ("SCORES", 1_000)):
+        monkeypatch.setattr(bench, name, value)
+    case = bench.case(64, OPTIONS, training=True)
+    case = replace(case, contestants=[c for c in case.contestants if c.name == "native"])
+    (row,) = run_case(case, Machine(), budget=0.0, memory=False)
+    assert "reason" not in row
+    inputs = case.make()
+    exact = to_double(inputs)
+    wanted = bench.formula(None, True, bench.TEMPERATURE, None, False, exact)
+    found = bench.some_gradients(bench.TEMPERATURE, exact)
+    for some, whole in zip(found, bench.pick_some(wanted), strict=True):
+        assert whole.any() and some.numel() in (1, 17 * bench.DIM)
+        torch.testing.assert_close(some, whole)
+    wanted[2][63] *= 1.01
+    with pytest.raises(AssertionError, match="output 2: off by"):
+        case.agree([x.float() for x in wanted], inputs)
+
+
+def test_peers_of_the_largest_batch_are_quick_enough_and_small():
+    case = module("bench_contrastive").case(65_536, OPTIONS, training=True)
+    absent = {c.name: c.reason for c in case.contestants if isinstance(c, Absent)}
+    assert "GiB for all pairs" in absent["torch.compile"]
+    cached = absent["sentence-transformers, cached"]
+    assert "more than a minute" in cached or "not installed" in cached
+    assert {c.name for c in case.contestants} - absent.keys() == {
+        "native",
+        "F.linear_cross_entropy",
+    }
+
+
 def test_rules_can_fail():
     case = module("bench_contrastive").case(64, OPTIONS, training=True)
     native = next(c for c in case.contestants if c.name == "native")
@@ -104,7 +137,15 @@ def test_rules_can_fail():
     off = [x * 1.01 for x in right]
     assert case.agree.roughly(right, inputs, 1e-4)["relative error"] < 1e-4
     assert case.agree.roughly(off, inputs, 0.02)["relative error"] == pytest.approx(0.01, rel=0.01)
-    for wrong, rule in ((off, None), (off, partial(case.agree.roughly, limit=0.005))):
+    less = [right[0], *(0.7 * x for x in right[1:])]
+    rules = [
+        (off, None),
+        ([right[0], *(x * 1.001 for x in right[1:])], None),
+        (off, partial(case.agree.roughly, limit=0.005)),
+        (off, partial(case.agree.roughly, limit=0.2, of_first=0.005)),
+        (less, partial(case.agree.roughly, limit=0.2, of_first=0.01)),
+    ]
+    for wrong, rule in rules:
         rival = Contestant("rival", lambda inputs, wrong=wrong: lambda: wrong, agree=rule)
         with pytest.raises(Disagreement, match="rival is wrong"):
             run_case(replace(case, contestants=[rival]), Machine(), budget=0.0, memory=False)

@@ -7,7 +7,9 @@ import torch
 from conftest import SUBJECTS
 
 from livrec_fast import _native, in_batch_contrastive, in_batch_contrastive_multi
+from livrec_fast.ops import _contrastive
 from livrec_fast.testing.checks import check_forward, check_gradients, expected, results
+from livrec_fast.testing.subjects import inputs_for
 
 native = pytest.mark.skipif(_native.MISSING is not None, reason=f"{_native.MISSING}")
 T, B, D = 3, 131, 20
@@ -78,6 +80,24 @@ def test_the_kernels_losses_and_key_gradients_are_those_of_single_losses(dtype):
 
 
 @native
+@pytest.mark.parametrize("op", ["in_batch_contrastive", "in_batch_contrastive_multi"])
+@pytest.mark.parametrize("more", [-10, -1, 1])
+def test_a_raw_gradient_is_asked_of_every_tensor_or_refused(op, more):
+    """Torch asks by a bool for each tensor that is given; others may call the operator wrongly."""
+    subject = SUBJECTS[op]
+    args = subject.arguments(inputs_for(subject.oracle, "typical"))
+    outputs = subject.op.operator("native")(*args)
+    backward = getattr(torch.ops.livrec, f"{op}_backward").native
+    grads = [torch.ones_like(outputs[0]), None, None]
+    needs = [True] + [False] * (sum(isinstance(arg, torch.Tensor) for arg in args) - 1)
+    (found,) = backward(grads, *args, outputs, needs)
+    assert found.any()
+    wrong = needs + [False] if more > 0 else needs[:more]
+    with pytest.raises(RuntimeError, match="needs: must be one bool per tensor that is given, got"):
+        backward(grads, *args, outputs, wrong)
+
+
+@native
 def test_pairs_kept_or_found_again_are_the_same():
     subject, inputs, found = SUBJECTS["in_batch_contrastive_multi"], draw(), []
     args = subject.arguments(inputs)
@@ -93,8 +113,10 @@ def test_pairs_kept_or_found_again_are_the_same():
 
 
 @native
-def test_threads_change_no_bit():
+@pytest.mark.parametrize("kept", [True, False])
+def test_threads_change_no_bit(kept, monkeypatch):
     subject, before, found = SUBJECTS["in_batch_contrastive_multi"], torch.get_num_threads(), []
+    monkeypatch.setattr(_contrastive, "keeps_pairs", lambda rows, columns: kept)
     generator = torch.Generator().manual_seed(0)
     inputs = subject.oracle.make_inputs(generator, torch.float32, **SIZES | {"B": 900})
     try:
@@ -103,7 +125,18 @@ def test_threads_change_no_bit():
             found.append(results(subject, "native", inputs).named())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+        assert tensor.any() or name == "pairs"
+
+
+@native
+def test_many_terms_are_single_losses():
+    generator = torch.Generator().manual_seed(0)
+    anchor, *keys = torch.randn(41, 70, 64, generator=generator)
+    found = in_batch_contrastive_multi(anchor, keys, reduction="none", backend="native")
+    for key, losses in zip(keys, found, strict=True):
+        assert torch.equal(losses, in_batch_contrastive(anchor, key, reduction="none"))
 
 
 @pytest.mark.parametrize("backward_of", ["anchor", "keys", "temperature"])

@@ -46,7 +46,8 @@ class InBatchContrastive(nn.Module):
     again. Collectives: two small ones and one of all rows, padded to the rank that has the most;
     one in the backward pass, of the gradients alone, in the keys' dtype. All ranks must call
     forward and backward alike; what travels must have the same dtypes, widths and requires_grad.
-    The same inputs give the same bits: gradients are added in the order of the ranks. Where
+    An error raised on one rank leaves the others waiting until the process group's timeout. The
+    same inputs give the same bits: gradients are added in the order of the ranks. Where
     torch.distributed has not been started, the one process is all ranks.
 
     Works under autocast, under DistributedDataParallel (with broadcast_buffers=False, the queue is
@@ -206,8 +207,7 @@ class InBatchContrastive(nn.Module):
     @property
     def _whole(self) -> dict[str, Any]:
         """The settings of a call that computes everything."""
-        names = ("symmetric", "reduction")
-        return {"rule": self.log_q_rule} | {name: getattr(self, name) for name in names}
+        return {"rule": self.log_q_rule, "symmetric": self.symmetric, "reduction": self.reduction}
 
     def _loss(
         self, query: Tensor, key: Tensor, temperature: Tensor, *, rule: str = "standard",

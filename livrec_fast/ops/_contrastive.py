@@ -22,6 +22,11 @@ def keeps_pairs(rows: int, columns: int) -> bool:
     return rows * columns <= _MOST_KEPT
 
 
+def kept_shape(rows: int, columns: int, threshold: float | None, kept: bool) -> tuple[int, int]:
+    """Return the shape of the bits of false negatives that are kept for the gradient, in words."""
+    return (rows, (columns + 63) // 64) if kept and threshold is not None else (0, 0)
+
+
 def check_vector(
     name: str, value: Any, lengths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:

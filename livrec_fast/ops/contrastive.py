@@ -53,9 +53,8 @@ def _fake(
     *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = query.shape[0]
-    kept = keep_pairs and false_negative_threshold is not None
     compared = batch if pair_vectors is None else pair_vectors.shape[0]
-    pairs = (batch, (compared + 63) // 64) if kept else (0, 0)
+    pairs = checks.kept_shape(batch, compared, false_negative_threshold, keep_pairs)
     sums = 1 + symmetric + (log_q_rule == reference.UNSAMPLED)  # the last: a row's weight
     return (
         query.new_empty((batch,), dtype=wide_dtype(query.dtype)),

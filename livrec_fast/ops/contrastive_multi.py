@@ -39,11 +39,11 @@ def _fake(
     *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, terms = anchor.shape[0], keys.shape[0]
-    kept = keep_pairs and false_negative_threshold is not None
+    pairs = checks.kept_shape(batch, batch, false_negative_threshold, keep_pairs)
     return (
         anchor.new_empty((terms, batch), dtype=wide_dtype(anchor.dtype)),
         anchor.new_empty((terms, 1 + symmetric, batch), dtype=torch.float64),
-        anchor.new_empty((batch, (batch + 63) // 64) if kept else (0, 0), dtype=torch.int64),
+        anchor.new_empty(pairs, dtype=torch.int64),
     )
 
 
@@ -106,9 +106,17 @@ def in_batch_contrastive_multi(
 
     Masks, empty batches, numerics and determinism are those of `in_batch_contrastive`.
 
+    The C++ kernel goes over the anchor once for all terms: unit vectors, equal query_ids and false
+    negatives are found once, and the anchor's gradient is added up in one buffer. What a term costs
+    by itself remains: four products of B x B x D, to which a threshold adds half a one for all
+    terms together, or two where the pairs are too many to be kept. Four terms execute, of the
+    instructions of four single losses (D 128, B 2,048): 0.99 without a threshold, which is hardly
+    less, 0.90 with one, and 0.75 with pairs found anew in both passes.
+
     Workspace: of the C++ kernel that of `in_batch_contrastive` for the anchor, and for each term
-    4 D' B bytes for its keys; in the gradient 4 D' B more for the anchor and for one term's keys
-    (D' as there). Of the reference: that of T single losses. A list of keys is copied.
+    4 D' B bytes for its keys, as much again in the gradient, and 512 D per thread; in the gradient
+    4 D' B more for the anchor (D' as there). Of the reference: that of T single losses. A list of
+    keys is copied.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or choice, no terms, or
