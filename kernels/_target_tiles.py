@@ -109,23 +109,32 @@ def piece_at(bounds, q_bounds, starts, owners, piece, B, C, size, most):
 @triton.jit
 def logits(
     products, bias, first, count, head, scale, HEADS: tl.constexpr, PER_HEAD: tl.constexpr,
-    AXIS: tl.constexpr,
+    AXIS: tl.constexpr, mine=0, MIXED: tl.constexpr = 1,
 ):  # fmt: skip
     """Return scale * products + bias, and which rows are there and not taken out by their bias.
 
-    AXIS: that of rows. Logits of rows beyond `count` are -inf.
+    AXIS: that of rows. Logits of rows beyond `count` are -inf. MIXED: candidates are of so many
+    heads, in turn, from `mine` on; else all of `head`.
     """
     rows = tl.arange(0, products.shape[AXIS])
     there = rows < count
     score = products * scale
-    if bias is not None:
+    if bias is not None and MIXED > 1:
+        heads = (mine + tl.arange(0, products.shape[1 - AXIS])) % MIXED
+        own = bias + first * MIXED + tl.expand_dims(rows * MIXED, 1 - AXIS)
+        own += tl.expand_dims(heads, AXIS)
+        added = tl.load(own, mask=tl.expand_dims(there, 1 - AXIS), other=float("-inf"))
+        score += added
+        seen = added != float("-inf")
+    elif bias is not None:
         own = bias + (first * HEADS + head if PER_HEAD else first)
         added = tl.load(own + rows * (HEADS if PER_HEAD else 1), mask=there, other=float("-inf"))
         score += tl.expand_dims(added, 1 - AXIS)
-        there = added != float("-inf")
+        seen = tl.expand_dims(added != float("-inf"), 1 - AXIS)
     else:
-        score = tl.where(tl.expand_dims(there, 1 - AXIS), score, float("-inf"))
-    return score, tl.expand_dims(there, 1 - AXIS)
+        seen = tl.expand_dims(there, 1 - AXIS)
+        score = tl.where(seen, score, float("-inf"))
+    return score, seen
 
 
 @triton.jit
@@ -259,4 +268,9 @@ def configs_of(
                 constants |= {"PER_HEAD": False, "bias": None}
             if C != 1000:
                 constants["q_bounds"] = None
-            yield types, constants, {**options, "matrix": True}
+            yield types, {**constants, "MIXED": 1}, {**options, "matrix": True}
+            if d == dv:  # the same where heads share rows
+                tile, options = plan(C * H, d, d, dtype)
+                alone = {**constants, **tile, "HEADS": 1, "v": None, "PER_HEAD": False}
+                alone["MIXED"] = 1 if "bias" in constants else H
+                yield types, alone, {**options, "matrix": True}
