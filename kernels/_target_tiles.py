@@ -192,7 +192,7 @@ def candidates_per_user(q: Tensor, users: int) -> int:
     return q.shape[1] if q.dim() == 4 else triton.cdiv(len(q), max(users, 1))
 
 
-def _bounds(offsets: Tensor, end: int) -> Tensor:
+def ascending(offsets: Tensor, end: int) -> Tensor:
     """Return offsets that ascend from 0 to `end`: those given, if they do."""
     bounds = offsets.clamp(0, end)
     bounds[0] = 0
@@ -209,13 +209,13 @@ def cut(q: Tensor, offsets: Tensor, q_offsets: Tensor | None, T: int, block: int
     lanes, heads = triton.cdiv(C, block), q.shape[-2]
     size = min(4096, max(256, triton.next_power_of_2(T * heads * lanes // 2048)))
     most = T + 1
-    bounds = _bounds(offsets, T)
+    bounds = ascending(offsets, T)
     lengths = bounds.diff()
     sizes: Tensor | int = size
     q_bounds = None
     if q_offsets is not None:
         most = max(4, min(64, triton.next_power_of_2(4096 // (users * heads))))
-        q_bounds = _bounds(q_offsets, len(q))
+        q_bounds = ascending(q_offsets, len(q))
         sizes = ((lengths + (most - 1)) // most).clamp(min=size)
     starts = torch.zeros_like(bounds)
     torch.cumsum((lengths + (sizes - 1)) // sizes, 0, out=starts[1:])
@@ -249,8 +249,12 @@ def bias_argument(bias: Tensor | None) -> tuple[Tensor | None, bool]:
 
 def configs_of(
     plan: Callable[[int, int, int, torch.dtype], Plan],
+    shared: Callable[[int, int, int, torch.dtype], Plan] | None = None,
 ) -> Iterator[tuple[dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Yield the types, constants and options of a sweep at shapes that try its tiles."""
+    """Yield the types, constants and options of a sweep at shapes that try its tiles.
+
+    shared: the plan where heads share rows, if it is another.
+    """
     names = ("q", "k", "v", "grad", "out", "grad_q", "grad_k", "grad_v")
     shapes = [(1, 1, 16, 16, "softmax"), (64, 4, 64, 64, "softmax"), (16, 4, 64, 64, "silu"),
               (4, 2, 100, 20, "none"), (1024, 2, 128, 128, "softmax"),
@@ -270,7 +274,7 @@ def configs_of(
                 constants["q_bounds"] = None
             yield types, {**constants, "MIXED": 1}, {**options, "matrix": True}
             if d == dv:  # the same where heads share rows
-                tile, options = plan(C * H, d, d, dtype)
+                tile, options = (shared or plan)(C * H, d, d, dtype)
                 alone = {**constants, **tile, "HEADS": 1, "v": None, "PER_HEAD": False}
                 alone["MIXED"] = 1 if "bias" in constants else H
                 yield types, alone, {**options, "matrix": True}

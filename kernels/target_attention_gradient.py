@@ -13,6 +13,7 @@ TF32 ones for float16.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,8 @@ def _sweep_rows(
             slope = tl.where(wanted, slope, 0.0)
             if v is None:
                 if grad_k is not None:
-                    into_k = add_product(into_k, weight, flow)
                     into_k = add_product(into_k, slope * scale, queries)
+                    into_k = add_product(into_k, weight, flow)
             else:
                 if grad_v is not None:
                     into_v = add_product(into_v, weight, flow)
@@ -153,8 +154,14 @@ _TILES: dict[torch.dtype, Tiles] = {
 }
 
 
-def _plan(C: int, d: int, dv: int, dtype: torch.dtype) -> Plan:
-    return tile_of(C, d, dv, _TILES[dtype])
+_SHARED_TILES = {
+    **_TILES,
+    torch.bfloat16: {**_TILES[torch.bfloat16], 128: [(16, 64, 8, 2), (32, 64, 8, 2)]},
+}
+
+
+def _plan(C: int, d: int, dv: int, dtype: torch.dtype, shared: bool = False) -> Plan:
+    return tile_of(C, d, dv, (_SHARED_TILES if shared else _TILES)[dtype])
 
 
 def _differentiate(
@@ -176,7 +183,7 @@ def _differentiate(
     into_bias = k.new_empty((len(k), columns), dtype=torch.float32) if wanted[3] else None
     if any(wanted[1:]):
         C = candidates_per_user(q, users)
-        tile, options = _plan(C, d, dv, q.dtype)
+        tile, options = _plan(C, d, dv, q.dtype, v is None)
         _sweep_rows[(pieces.count * H,)](
             grad, q, k, v, bias, *pieces.arguments, *found, into_k, into_v, into_bias, users, C,
             pieces.size, pieces.most, scale, ONE=q.dim() == 4 and C <= tile["BLOCK_C"],
@@ -267,7 +274,7 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     """
     names = ("tops", "inverses", "means", "grad_bias")
     own = dict.fromkeys(names, "*fp32:16")
-    for types, constants, options in configs_of(_plan):
+    for types, constants, options in configs_of(_plan, partial(_plan, shared=True)):
         bias = {} if "bias" not in constants else {"grad_bias": None}
         for one in (False, True):
             known = {**constants, **bias, "ONE": one, "BLOCK_H": heads_block(constants["MIXED"])}
