@@ -198,7 +198,7 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     types |= dict.fromkeys(("bounds", "owners"), "*i64:16")
     shapes = [(16, 16, (80, 40), "dice"), (64, 64, (128, 64), "sigmoid"), (128, 20, (36,), "prelu"),
               (128, 256, (128,), "silu"), (10, 10, (16,), "relu"),
-              (16, 16, (64, 64, 64, 50), "sigmoid")]  # fmt: skip
+              (16, 16, (64, 64, 50), "sigmoid")]  # fmt: skip
     for kind in DTYPES.values():
         own = types | dict.fromkeys(("q", "k", "v", "out"), kind)
         for d, dv, sizes, activation in shapes:

@@ -165,8 +165,14 @@ _TILES: dict[int, Tiles] = {  # by the bytes of a number
 }
 
 
-def _plan(C: int, d: int, dv: int, dtype: torch.dtype) -> Plan:
-    return tile_of(C, d, dv, _TILES[dtype.itemsize])
+def _plan(C: int, d: int, dv: int, dtype: torch.dtype, mixed: int = 1) -> Plan:
+    most = C if mixed == 1 else min(C, 64)  # biases of each candidate's head take registers
+    return tile_of(most, d, dv, _TILES[dtype.itemsize])
+
+
+def _shared_plan(C: int, d: int, dv: int, dtype: torch.dtype) -> Plan:
+    """Return the plan of `configs_of` where heads share rows: bfloat16 has no bias there."""
+    return _plan(C, d, dv, dtype, 1 if dtype == torch.bfloat16 else 2)
 
 
 def target_attention(
@@ -220,7 +226,7 @@ def _attend_all(
     if not out.numel() or not B:
         return out.zero_(), lse.fill_(-torch.inf)
     C = candidates_per_user(q, B)
-    tile, options = _plan(C, d, dv, q.dtype)
+    tile, options = _plan(C, d, dv, q.dtype, mixed)
     with torch.cuda.device_of(q):
         pieces = cut(q, offsets, q_offsets, T, tile["BLOCK_C"])
         left = (pieces.rows * H if softmax else 0, pieces.rows * H if softmax else 0)
@@ -248,7 +254,7 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     A type ending in ":16" is known to be divisible by 16. "matrix": tensor cores are meant.
     """
     partial = dict.fromkeys(("peaks", "sums", "parts", "lse"), "*fp32:16")
-    for types, constants, options in configs_of(_plan):
+    for types, constants, options in configs_of(_plan, _shared_plan):
         yield _attend, {**types, **partial}, constants, options
         combine = {**constants, **_COMBINE}
         if "v" not in constants:

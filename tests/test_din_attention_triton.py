@@ -29,7 +29,7 @@ def histories_of_several_tiles():
 
 
 def layers_of_any_number_and_width():
-    for sizes in ({"layers": 1, "h": 70, "d": 100, "dv": 0}, {"layers": 4, "h": 30, "jagged": 1}):
+    for sizes in ({"layers": 1, "h": 70, "d": 100, "dv": 0}, {"layers": 3, "h": 30, "jagged": 1}):
         check_forward(SUBJECT, "triton", _draw(**sizes))
         check_forward(SUBJECT, "triton", _draw(torch.bfloat16, **sizes))
 
@@ -48,18 +48,20 @@ def bad_offsets_stay_in_bounds():
     assert found[0].any() and found[0].equal(found[1])
 
 
-def wide_layers_are_refused():
-    inputs = _draw(d=100, h=130)
-    del inputs["softmax"]
-    with pytest.raises(RuntimeError, match="shares weights on the chip: .* at most 16384"):
-        din_attention(**inputs, backend="triton")
+def large_units_are_refused():
+    for sizes, reason in (
+        ({"d": 100, "h": 130}, "shares weights on the chip: .* at most 16384"),
+        ({"layers": 4}, "unrolls layers: at most 3 hidden ones"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            din_attention(**_draw(**sizes), backend="triton")
 
 
 def edges():
     histories_of_several_tiles()
     layers_of_any_number_and_width()
     bad_offsets_stay_in_bounds()
-    wide_layers_are_refused()
+    large_units_are_refused()
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

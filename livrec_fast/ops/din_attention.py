@@ -39,6 +39,8 @@ def _refuse_tiles(
 ) -> str | None:
     if q.dtype == torch.float64:
         return "computes in float32; queries are float64"
+    if len(weights) > 4:
+        return "unrolls layers: at most 3 hidden ones"
     widths = [q.shape[-1], *(weight.shape[1] for weight in weights[:-1])]
     wide = [1 << max(4, (width - 1).bit_length()) for width in widths]
     if sum(a * b for a, b in zip(wide[:-1], wide[1:], strict=True)) > _MOST_WEIGHTS:
@@ -118,8 +120,9 @@ def din_attention(
         shifts: for "dice" only, likewise.
         softmax: normalise the weights over the history.
         q_offsets: int64 [B + 1]; user u has the rows q_offsets[u] .. q_offsets[u + 1] - 1 of q.
-        backend: "auto", "native", "triton" (up to d h_1 + h_1 h_2 + ... = 16,384, each rounded up
-            to a power of 2 from 16 on; its gradient is the reference's) or "reference".
+        backend: "auto", "native", "triton" (up to 3 hidden layers and d h_1 + h_1 h_2 + ... =
+            16,384, each rounded up to a power of 2 from 16 on; its gradient is the reference's) or
+            "reference".
 
     Returns:
         out, q's shape with dv (d without v) last, q's dtype.
