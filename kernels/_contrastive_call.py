@@ -28,6 +28,7 @@ class Call:
     false_negative_threshold: float | None = None
     pair_vectors: Tensor | None = None
     log_q: Tensor | None = None
+    log_q_rule: str = "standard"
     valid: Tensor | None = None
     extra_keys: Tensor | None = None
     precision: str = "input"
@@ -42,6 +43,16 @@ class Call:
     def pair_rows(self) -> Tensor:
         """The vectors whose cosines are held to the threshold."""
         return self.query if self.pair_vectors is None else self.pair_vectors
+
+    @property
+    def unsampled(self) -> bool:
+        """Whether the positive is no sample: log_q corrects the negatives alone."""
+        return self.log_q is not None and self.log_q_rule == "unsampled_positive"
+
+    @property
+    def kept_sums(self) -> int:
+        """How many numbers per row the gradient needs of the losses."""
+        return 1 + self.symmetric + self.unsampled
 
     @property
     def masks(self) -> Masks:

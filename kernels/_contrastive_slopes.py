@@ -12,31 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ._contrastive_call import Call
-from ._contrastive_tiles import LN_2, LOG2_E, Side, configs_of, inverse_of, own_products
+from ._contrastive_tiles import LN_2, LOG2_E, Side, configs_of, expm1, inverse_of, own_products
 from ._contrastive_units import SMALL, small
 
 _OPTIONS = {"num_warps": 2}
 
 
 @triton.jit
-def _expm1(x):
-    """Return exp(x) - 1 with all its digits, in float64, for x <= 0."""
-    grown = tl.exp(x)
-    less = grown - 1.0
-    plain = (less == -1.0) | (grown == 1.0)
-    exact = less * (x / tl.log(tl.where(plain, 2.0, grown)))
-    return tl.where(grown == 1.0, x, tl.where(less == -1.0, -1.0, exact))
-
-
-@triton.jit
 def _slope_of(
     own, flow, gain, lse, shares, shifts, factors, portions, row, to, there,
-    inside, GROUPS: tl.constexpr,
+    inside, GROUPS: tl.constexpr, UNSAMPLED: tl.constexpr,
 ):  # fmt: skip
     """Write what weights of one direction need, at `to`, and return those of own pairs.
 
     A weight is factor (exp2(s - shift) - portion), where shifts are rounded and factors make up for
-    it; portions are of positives alone. Rows that do not count have a shift of inf.
+    it; portions are of positives alone. Rows that do not count have a shift of inf. UNSAMPLED: own
+    logits are in no sum.
     """
     total = tl.load(lse + row, mask=there, other=float("inf"))
     counts = there & (total != float("inf"))
@@ -46,7 +37,10 @@ def _slope_of(
     mend = tl.exp2(shift.to(tl.float64) - total * LOG2_E)
     tl.store(shifts + to, tl.where(counts, -shift, float("-inf")), mask=inside)
     tl.store(factors + to, (flow * gain * mend).to(tl.float32), mask=inside)
-    weight = flow * _expm1(own - total)
+    if UNSAMPLED:
+        weight = 0.0 - flow
+    else:
+        weight = flow * expm1(own - total)
     if GROUPS:
         share = tl.load(shares + row, mask=there, other=1.0).to(tl.float64)
         portion = tl.where(counts, share / mend, 0.0)
@@ -58,12 +52,14 @@ def _slope_of(
 @triton.jit(do_not_specialize=["count", "total"])
 def _prepare(
     grad, queries, keys, bias, valid, temperature, gain, lse, shares, column_shares, shifts,
-    factors, portions, diagonal, missed, count, total, SYMMETRIC: tl.constexpr,
-    GROUPS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    factors, portions, diagonal, missed, heats, count, total, SYMMETRIC: tl.constexpr,
+    GROUPS: tl.constexpr, UNSAMPLED: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write [1 or 2, total] shifts, factors and portions, past `count` of rows that do not count.
 
-    diagonal [count]: weights of own pairs, times the gain. missed: less those of rows alone.
+    diagonal [count]: weights of own pairs, times the gain; heats: those times their logits less
+    biases. missed: the gradient of the own key's log_q, but for what sweeps over keys add up.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < total
@@ -78,17 +74,26 @@ def _prepare(
         more = tl.load(gain).to(tl.float64)
     scaled = own_products(queries, keys, row, there, STRIDE, ROWS, COLUMNS)
     scaled *= inverse_of(temperature)
-    own = scaled + tl.load(bias + row, mask=there, other=0.0).to(tl.float64) * LN_2
+    log_q = 0.0 - tl.load(bias + row, mask=there, other=0.0).to(tl.float64) * LN_2
+    of_row = flow
+    if UNSAMPLED:
+        of_row *= tl.load(lse + (1 + SYMMETRIC) * count + row, mask=there, other=0.0)
     weight = _slope_of(
-        own, flow, more, lse, shares, shifts, factors, portions, row, row, there, inside, GROUPS
-    )
-    tl.store(missed + row, 0.0 - weight, mask=row < count)
+        scaled - log_q, of_row, more, lse, shares, shifts, factors, portions, row, row, there,
+        inside, GROUPS, UNSAMPLED,
+    )  # fmt: skip
+    if UNSAMPLED:
+        less = tl.where(weight == 0, -1.0, expm1(log_q))
+        tl.store(missed + row, 0.0 - weight * tl.exp(log_q) / less, mask=row < count)
+    else:
+        tl.store(missed + row, 0.0 - weight, mask=row < count)
     if SYMMETRIC:
         weight += _slope_of(
             scaled, flow, more, lse + count, column_shares, shifts, factors, portions,
-            row, total + row, there, inside, GROUPS,
+            row, total + row, there, inside, GROUPS, False,
         )  # fmt: skip
     tl.store(diagonal + row, weight * more, mask=row < count)
+    tl.store(heats + row, tl.where(there, weight * more * scaled, 0.0), mask=row < count)
 
 
 @dataclass(frozen=True)
@@ -102,21 +107,24 @@ class Direction:
 
 def directions(
     grad: Tensor, lse: Tensor, queries: Side, keys: Side, gain: Tensor | None, call: Call
-) -> tuple[Direction, Direction, Tensor, Tensor]:
-    """Return both softmaxes' needs, that of rows and that of columns, `diagonal` and `missed`."""
+) -> tuple[Direction, Direction, Tensor]:
+    """Return the needs of the softmax of rows, of that of columns, and those of own pairs [3, B].
+
+    The latter are `diagonal`, `missed` and `heats`, in float64.
+    """
     batch, total, device = len(grad), len(keys.units), grad.device
     groups = call.group_ids is not None
     shape = (3 if groups else 2, 2 if call.symmetric else 1, total)
     held = torch.empty(shape, dtype=torch.float32, device=device)
-    diagonal, missed = torch.empty((2, batch), dtype=torch.float64, device=device)
+    own = torch.empty((3, batch), dtype=torch.float64, device=device)
     kept = [*held, *[None] * (3 - len(held))]
     _prepare[(triton.cdiv(total, small()["ROWS"]),)](
         grad, queries.units, keys.units, keys.bias, call.valid, call.temperature, gain,
-        lse.contiguous(), *call.shares, *kept, diagonal, missed, batch, total, call.symmetric,
-        groups, keys.units.shape[1], **small(), **_OPTIONS,
+        lse.contiguous(), *call.shares, *kept, *own, batch, total, call.symmetric, groups,
+        call.unsampled, keys.units.shape[1], **small(), **_OPTIONS,
     )  # fmt: skip
     rows = Direction(*held[:, 0])
-    return rows, Direction(*held[:, 1]) if call.symmetric else Direction(), diagonal, missed
+    return rows, Direction(*held[:, 1]) if call.symmetric else Direction(), own
 
 
 def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -126,9 +134,11 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     """
     names = ("grad", "bias", "shares", "column_shares", "shifts", "factors", "portions", "gain")
     more = dict.fromkeys(names, "*fp32:16") | {"valid": "*i1", "total": "i32"}
-    more |= dict.fromkeys(("lse", "diagonal", "missed"), "*fp64:16")
+    more |= dict.fromkeys(("lse", "diagonal", "missed", "heats"), "*fp64:16")
     for _, stride, new, types, constants in configs_of():
         if new:
             own = {**types, **more, "queries": types["own"], "keys": types["own"]}
-            shape = {"SYMMETRIC": True, "GROUPS": "group_ids" not in constants, "STRIDE": stride}
+            groups = "group_ids" not in constants
+            shape = {"SYMMETRIC": True, "GROUPS": groups, "STRIDE": stride}
+            shape["UNSAMPLED"] = not groups
             yield _prepare, own, {**shape, **SMALL}, {**_OPTIONS, "matrix": False}

@@ -31,6 +31,16 @@ def inverse_of(temperature):
 
 
 @triton.jit
+def expm1(x):
+    """Return exp(x) - 1 with all its digits, in float64, for x <= 0."""
+    grown = tl.exp(x)
+    less = grown - 1.0
+    plain = (less == -1.0) | (grown == 1.0)
+    exact = less * (x / tl.log(tl.where(plain, 2.0, grown)))
+    return tl.where(grown == 1.0, x, tl.where(less == -1.0, -1.0, exact))
+
+
+@triton.jit
 def scales_of(temperature):
     """Return two parts of log2(e) / T, the second small and positive: products may be -inf."""
     exact = inverse_of(temperature) * LOG2_E

@@ -75,14 +75,13 @@ def _write_units(
 
 @triton.jit(do_not_specialize=["count", "splits", "total"])
 def _finish(
-    x, valid, units, norms, partner, diagonal, parts, temperature, gain, out, slopes, count,
-    splits, total, D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x, valid, norms, partner, diagonal, parts, temperature, gain, out, count, splits, total,
+    D: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add up what programs left of the gradient of units, and write that of x.
 
     parts [splits, total, STRIDE]. partner, diagonal: the units of own positives, and their weights.
-    gain: what all weights were multiplied by. slopes: <unit, its gradient>.
+    gain: what all weights were multiplied by.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = _counted(row, valid, count)
@@ -97,9 +96,8 @@ def _finish(
     if norms is not None:
         length = tl.load(norms + row, mask=there, other=0.0)
         divisor = tl.where(length == 0, 1e-12, length)
-    slope = tl.zeros((ROWS,), tl.float64)
     along = tl.zeros((ROWS,), tl.float32)
-    for twice in tl.static_range(2):
+    for twice in tl.static_range(0 if norms is not None else 1, 2):
         for start in range(0, STRIDE, COLUMNS):
             dims = start + tl.arange(0, COLUMNS)
             inside = there[:, None] & (dims < STRIDE)[None, :]
@@ -115,18 +113,14 @@ def _finish(
             narrow = flow.to(tl.float32)
             unit = _rows_of(x, row, count, start, D, COLUMNS) / divisor[:, None]
             if twice == 0:
-                own = tl.load(units + at, mask=inside, other=0.0)
-                slope += tl.sum(own.to(tl.float64) * flow, 1)
                 along += tl.sum(tl.where(inside, unit * narrow, 0.0), 1)
-            elif out is not None:
+            else:
                 if norms is not None:
                     across = narrow - tl.where(length == 0, 0.0, along)[:, None] * unit
                     narrow = across / divisor[:, None]
                 narrow = tl.where(there[:, None], narrow, 0.0).to(out.dtype.element_ty)
                 to = out + row.to(tl.int64)[:, None] * D + dims[None, :]
                 tl.store(to, narrow, mask=(row < count)[:, None] & (dims < D)[None, :])
-    if slopes is not None:
-        tl.store(slopes + row, tl.where(there, slope, 0.0), mask=row < count)
 
 
 def small() -> dict[str, int]:
@@ -171,19 +165,17 @@ def side_of(
 def differentiate(
     x: Tensor, first: int, valid: Tensor | None, side: Side, partner: Tensor | None,
     diagonal: Tensor | None, parts: Tensor, temperature: Tensor, gain: Tensor | None,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradient of x, whose units are those of `side` from `first` on, and its slopes."""
-    out = torch.empty_like(x) if wanted[0] else None
-    slopes = x.new_empty(len(x), dtype=torch.float64) if wanted[1] else None
+) -> Tensor:  # fmt: skip
+    """Return the gradient of x, whose units are those of `side` from `first` on."""
+    out = torch.empty_like(x)
     if len(x):
         norms = None if side.norms is None else side.norms[first:]
         _finish[(triton.cdiv(len(x), small()["ROWS"]),)](
-            x, valid, side.units[first:], norms, partner, diagonal, parts[0, first:], temperature,
-            gain, out, slopes, len(x), len(parts), parts.shape[1], x.shape[1],
-            side.units.shape[1], **small(), **SMALL_OPTIONS,
+            x, valid, norms, partner, diagonal, parts[0, first:], temperature, gain, out, len(x),
+            len(parts), parts.shape[1], x.shape[1], side.units.shape[1], **small(),
+            **SMALL_OPTIONS,
         )  # fmt: skip
-    return out, slopes
+    return out
 
 
 def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -193,9 +185,9 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     """
     types = {**dict.fromkeys(("count", "total", "biased", "splits"), "i32"), "valid": "*i1"}
     floats = ("bias", "norms", "log_q", "parts", "temperature", "gain")
-    types |= {**dict.fromkeys(floats, "*fp32"), "slopes": "*fp64:16", "diagonal": "*fp64"}
+    types |= {**dict.fromkeys(floats, "*fp32"), "diagonal": "*fp64"}
     options = {**SMALL_OPTIONS, "matrix": False}
-    none = {"valid": None, "log_q": None, "norms": None, "gain": None, "slopes": None}
+    none = {"valid": None, "log_q": None, "norms": None, "gain": None}
     for kind in KINDS.values():
         own = types | dict.fromkeys(("x", "units", "partner", "out"), kind)
         for dim in (16, 100, 768):

@@ -38,12 +38,13 @@ def _add_up(
     grad, out, q, k, v, bias, bounds, q_bounds, starts, owners, peaks, sums, excesses, parts,
     slopes, B, C, size, most, lanes, scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PER_HEAD: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Add up a piece of a history for blocks of candidates.
 
     peaks, sums, excesses: the greatest logit, the sum of exponentials less it, and of those times
     D - <grad, out>: for each piece [HEADS, candidates]. parts, slopes [.., D]: of keys times both.
+    Where there is no v, keys are the values.
     """
     head = tl.program_id(0) % HEADS
     lane = tl.program_id(0) // HEADS % lanes
@@ -67,29 +68,25 @@ def _add_up(
             # again: 0; else the candidates' rows stay in registers, and leave no room
             again, left = mine + tl.minimum(first, 0), rows - first
             flow = rows_at(grad, again, many, head, BLOCK_C, HEADS, DV, BLOCK_V)
-            v_tile = rows_at(v, begin + first, left, head, BLOCK_T, HEADS, DV, BLOCK_V)
+            if v is None:
+                values = k
+            else:
+                values = v
+            v_tile = rows_at(values, begin + first, left, head, BLOCK_T, HEADS, DV, BLOCK_V)
             above = products_of(
-                flow,
-                v_tile,
-                grad,
-                again,
-                many,
-                v,
-                begin + first,
-                left,
-                head,
-                HEADS,
-                DV,
-                BLOCK_V,
-                64,
-            )
+                flow, v_tile, grad, again, many, values, begin + first, left, head, HEADS, DV,
+                BLOCK_V, 64,
+            )  # fmt: skip
             queries = rows_at(q, again, many, head, BLOCK_C, HEADS, D, BLOCK_D)
-            k_tile = rows_at(k, begin + first, left, head, BLOCK_T, HEADS, D, BLOCK_D)
+            if v is None:
+                k_tile = v_tile
+            else:
+                k_tile = rows_at(k, begin + first, left, head, BLOCK_T, HEADS, D, BLOCK_D)
             products = products_of(
                 queries, k_tile, q, again, many, k, begin + first, left, head, HEADS, D, BLOCK_D, 64
             )
             score, there = logits(
-                products, bias, begin + first, left, head, scale, HEADS, PER_HEAD, 1
+                products, bias, begin + first, left, head, scale, HEADS, PER_HEAD, 1, mine, MIXED
             )
             if ACTIVATION == "softmax":
                 top = tl.maximum(peak, tl.max(score, 1))
@@ -208,15 +205,15 @@ def plan(C: int, d: int, dv: int, dtype: torch.dtype) -> Plan:
 
 
 def differentiate_queries(
-    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    scale: float, out: Tensor, pieces: Pieces, shape: dict[str, Any],
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor | None,
+    bias: Tensor | None, scale: float, out: Tensor, pieces: Pieces, shape: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradient of q, and tops, inverses and means [3, .] as `_finish` has them.
 
     All but `grad_lse` as kernels take them. shape: their constants but for tiles. For activations
     other than softmax, tops, inverses and means are empty.
     """
-    users, H, d, dv = len(pieces.bounds) - 1, q.shape[-2], q.shape[-1], v.shape[2]
+    users, H, d, dv = len(pieces.bounds) - 1, q.shape[-2], q.shape[-1], out.shape[-1]
     C, softmax = candidates_per_user(q, users), shape["ACTIVATION"] == "softmax"
     tile, options = plan(C, d, dv, q.dtype)
     empty = {"dtype": torch.float32, "device": q.device}
@@ -249,4 +246,5 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     for types, constants, options in configs_of(plan):
         yield _add_up, {**types, **partial}, constants, options
         finish = {**constants, **_FINISH}
-        yield _finish, {**types, **partial}, finish, {"matrix": False, **_FINISH_OPTIONS}
+        if "v" not in constants:
+            yield _finish, {**types, **partial}, finish, {"matrix": False, **_FINISH_OPTIONS}

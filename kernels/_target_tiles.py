@@ -109,23 +109,32 @@ def piece_at(bounds, q_bounds, starts, owners, piece, B, C, size, most):
 @triton.jit
 def logits(
     products, bias, first, count, head, scale, HEADS: tl.constexpr, PER_HEAD: tl.constexpr,
-    AXIS: tl.constexpr,
+    AXIS: tl.constexpr, mine=0, MIXED: tl.constexpr = 1,
 ):  # fmt: skip
     """Return scale * products + bias, and which rows are there and not taken out by their bias.
 
-    AXIS: that of rows. Logits of rows beyond `count` are -inf.
+    AXIS: that of rows. Logits of rows beyond `count` are -inf. MIXED: candidates are of so many
+    heads, in turn, from `mine` on; else all of `head`.
     """
     rows = tl.arange(0, products.shape[AXIS])
     there = rows < count
     score = products * scale
-    if bias is not None:
+    if bias is not None and MIXED > 1:
+        heads = (mine + tl.arange(0, products.shape[1 - AXIS])) % MIXED
+        own = bias + first * MIXED + tl.expand_dims(rows * MIXED, 1 - AXIS)
+        own += tl.expand_dims(heads, AXIS)
+        added = tl.load(own, mask=tl.expand_dims(there, 1 - AXIS), other=float("-inf"))
+        score += added
+        seen = added != float("-inf")
+    elif bias is not None:
         own = bias + (first * HEADS + head if PER_HEAD else first)
         added = tl.load(own + rows * (HEADS if PER_HEAD else 1), mask=there, other=float("-inf"))
         score += tl.expand_dims(added, 1 - AXIS)
-        there = added != float("-inf")
+        seen = tl.expand_dims(added != float("-inf"), 1 - AXIS)
     else:
-        score = tl.where(tl.expand_dims(there, 1 - AXIS), score, float("-inf"))
-    return score, tl.expand_dims(there, 1 - AXIS)
+        seen = tl.expand_dims(there, 1 - AXIS)
+        score = tl.where(seen, score, float("-inf"))
+    return score, seen
 
 
 @triton.jit
@@ -183,7 +192,7 @@ def candidates_per_user(q: Tensor, users: int) -> int:
     return q.shape[1] if q.dim() == 4 else triton.cdiv(len(q), max(users, 1))
 
 
-def _bounds(offsets: Tensor, end: int) -> Tensor:
+def ascending(offsets: Tensor, end: int) -> Tensor:
     """Return offsets that ascend from 0 to `end`: those given, if they do."""
     bounds = offsets.clamp(0, end)
     bounds[0] = 0
@@ -200,13 +209,13 @@ def cut(q: Tensor, offsets: Tensor, q_offsets: Tensor | None, T: int, block: int
     lanes, heads = triton.cdiv(C, block), q.shape[-2]
     size = min(4096, max(256, triton.next_power_of_2(T * heads * lanes // 2048)))
     most = T + 1
-    bounds = _bounds(offsets, T)
+    bounds = ascending(offsets, T)
     lengths = bounds.diff()
     sizes: Tensor | int = size
     q_bounds = None
     if q_offsets is not None:
         most = max(4, min(64, triton.next_power_of_2(4096 // (users * heads))))
-        q_bounds = _bounds(q_offsets, len(q))
+        q_bounds = ascending(q_offsets, len(q))
         sizes = ((lengths + (most - 1)) // most).clamp(min=size)
     starts = torch.zeros_like(bounds)
     torch.cumsum((lengths + (sizes - 1)) // sizes, 0, out=starts[1:])
@@ -240,8 +249,12 @@ def bias_argument(bias: Tensor | None) -> tuple[Tensor | None, bool]:
 
 def configs_of(
     plan: Callable[[int, int, int, torch.dtype], Plan],
+    shared: Callable[[int, int, int, torch.dtype], Plan] | None = None,
 ) -> Iterator[tuple[dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Yield the types, constants and options of a sweep at shapes that try its tiles."""
+    """Yield the types, constants and options of a sweep at shapes that try its tiles.
+
+    shared: the plan where heads share rows, if it is another.
+    """
     names = ("q", "k", "v", "grad", "out", "grad_q", "grad_k", "grad_v")
     shapes = [(1, 1, 16, 16, "softmax"), (64, 4, 64, 64, "softmax"), (16, 4, 64, 64, "silu"),
               (4, 2, 100, 20, "none"), (1024, 2, 128, 128, "softmax"),
@@ -259,4 +272,9 @@ def configs_of(
                 constants |= {"PER_HEAD": False, "bias": None}
             if C != 1000:
                 constants["q_bounds"] = None
-            yield types, constants, {**options, "matrix": True}
+            yield types, {**constants, "MIXED": 1}, {**options, "matrix": True}
+            if d == dv:  # the same where heads share rows
+                tile, options = (shared or plan)(C * H, d, d, dtype)
+                alone = {**constants, **tile, "HEADS": 1, "v": None, "PER_HEAD": False}
+                alone["MIXED"] = 1 if "bias" in constants else H
+                yield types, alone, {**options, "matrix": True}

@@ -46,13 +46,13 @@ def _sweep(
     strip, rows, words, query_count, key_count, group_count, own_count, others_count, splits,
     EVERY_QUERY: tl.constexpr, EVERY_KEY: tl.constexpr, EVERY_GROUP: tl.constexpr,
     ROWS: tl.constexpr, OTHERS: tl.constexpr, STRIDE: tl.constexpr, PART: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, HEAT: tl.constexpr,
 ):  # fmt: skip
     """Add up weighted units of a run of the other side for a block, WIDTH columns of them.
 
     own_*, other_* but for biases: of the softmax over the others of each own row, and of that over
     own rows of each other one; None where there is none. parts [splits, own, STRIDE]; slopes
-    [splits, own]: sums of the latter's weights.
+    [splits, own]: sums of the latter's weights; with HEAT of all weights times their products.
     """
     CHUNKS: tl.constexpr = (STRIDE + WIDTH - 1) // WIDTH
     GROUPS: tl.constexpr = group_ids is not None
@@ -85,7 +85,7 @@ def _sweep(
                 weight -= tl.where(positive & (mine != float("-inf")), portion, 0.0)
             weight *= tl.load(other_factor + lane)[None, :]
             weight = tl.where(hidden, 0.0, weight)
-            if slopes is not None:
+            if (slopes is not None) and not HEAT:
                 slope += tl.sum(weight, 1)
         if own_shift is not None:
             shift = tl.load(own_shift + row, mask=inside, other=float("-inf"))[:, None]
@@ -95,6 +95,8 @@ def _sweep(
                 more -= tl.where(positive & (bias != float("-inf")), portion, 0.0)
             more *= tl.load(own_factor + row, mask=inside, other=0.0)[:, None]
             weight += tl.where(hidden, 0.0, more)
+        if HEAT:  # before weights are rounded; products of weight 0 may be infinite
+            slope += tl.sum(tl.where(weight == 0, 0.0, weight * products), 1)
         values = units_at(others, first, OTHERS, STRIDE, WIDTH, column)
         into = tl.dot(weight.to(values.dtype), values, into, input_precision="tf32x3")
     dims = column + tl.arange(0, WIDTH)
@@ -109,7 +111,7 @@ _WIDTHS = {(4, False): 32, (4, True): 128, (2, False): 128, (2, True): 256}  # b
 _TILES: dict[tuple[int, bool, bool], dict[int, Tile]] = {  # by bytes of a number, chip, groups
     (4, False, False): {256: (64, 16, 4, 2)},
     (4, False, True): {256: (64, 16, 4, 2)},
-    (4, True, False): {64: (128, 32, 8, 2), 256: (64, 32, 4, 2)},
+    (4, True, False): {64: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
     (4, True, True): {64: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
     (2, False, False): {256: (64, 32, 4, 2)},
     (2, False, True): {256: (64, 16, 8, 2)},
@@ -129,11 +131,12 @@ def _plan(
 
 def _sums(
     own: Side, others: Side, along: Direction, across: Direction, pairs: Pairs, call: Call,
-    slopes: bool,
+    slopes: bool, heat: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return the sums of weighted units [splits, own, stride], and those of weights of `across`.
 
-    along: the softmax over others; across: that over own rows.
+    along: the softmax over others; across: that over own rows. heat: sums are of all weights times
+    their products.
     """
     stride = own.units.shape[1]
     more = slopes or call.group_ids is not None
@@ -150,8 +153,8 @@ def _sums(
         _sweep[(triton.cdiv(last - first, tile["ROWS"]) * splits * chunks,)](
             own.units, others.units, own.bias, others.bias, along.shift, along.factor,
             along.portion, across.shift, across.factor, across.portion, call.temperature, parts,
-            sums, own_count=own.count, others_count=others.count, splits=splits, **given, **tile,
-            **options,
+            sums, own_count=own.count, others_count=others.count, splits=splits, HEAT=heat,
+            **given, **tile, **options,
         )  # fmt: skip
     assert parts is not None
     return parts, sums
@@ -167,7 +170,7 @@ def _gain_of(grad: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def in_batch_contrastive_gradient(
     grad: Tensor | None, lse: Tensor, pairs: Tensor, *, wanted: Collection[str], keep_pairs: bool,
-    log_q_rule: str = "standard", **given: Any,
+    **given: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the gradients of the operator's arguments that `wanted` names."""
     call = Call(**given)
@@ -187,29 +190,27 @@ def _differentiate(
     queries, keys = call.sides()
     pairs = Pairs(call.pair_rows, call.false_negative_threshold, bits)
     gain = _gain_of(grad, queries.units.dtype)
-    rows, columns, diagonal, missed = directions(grad, lse, queries, keys, gain, call)
+    rows, columns, own = directions(grad, lse, queries, keys, gain, call)
+    diagonal, missed, heats = own
     if "query" in found or "temperature" in found:
-        parts, _ = _sums(queries, keys, rows, columns, pairs, call, False)
-        out, slopes = differentiate(
-            call.query, 0, call.valid, queries, keys.units, diagonal, parts, temperature, gain,
-            ("query" in found, "temperature" in found),
-        )  # fmt: skip
-        if out is not None:
-            found["query"] = out
-        if slopes is not None:
-            slope = -slopes.sum() / temperature.double()
+        heat = "temperature" in found
+        parts, sums = _sums(queries, keys, rows, columns, pairs, call, heat, heat)
+        if "query" in found:
+            found["query"] = differentiate(
+                call.query, 0, call.valid, queries, keys.units, diagonal, parts, temperature, gain
+            )
+        if sums is not None:
+            slope = heats.sum() + sums.sum(dtype=torch.float64) / temperature.double()
+            slope = -slope / temperature.double() / (1.0 if gain is None else gain.double())
             found["temperature"] = slope.to(temperature.dtype)
     if not {"key", "extra_keys", "log_q"} & found.keys():
         return
     parts, sums = _sums(keys, queries, columns, rows, pairs, call, "log_q" in found)
+    rest = parts, temperature, gain
     if "key" in found:
-        own = call.key, 0, call.valid, keys, queries.units, diagonal
-        out, _ = differentiate(*own, parts, temperature, gain, (True, False))
-        found["key"] = found["key"] if out is None else out
+        found["key"] = differentiate(call.key, 0, call.valid, keys, queries.units, diagonal, *rest)
     if "extra_keys" in found and call.extra_keys is not None:
-        own = call.extra_keys, batch, None, keys, None, None
-        out, _ = differentiate(*own, parts, temperature, gain, (True, False))
-        found["extra_keys"] = found["extra_keys"] if out is None else out
+        found["extra_keys"] = differentiate(call.extra_keys, batch, None, keys, None, None, *rest)
     if sums is not None:
         slope = -sums.sum(0, dtype=torch.float64) / (1.0 if gain is None else gain)
         slope[:batch] += missed
@@ -227,9 +228,9 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     floats = dict.fromkeys((*names, *vectors, *across), "*fp32:16")
     for dtype, stride, new, types, constants in configs_of():
         groups = "group_ids" not in constants
-        ways = ((*across, "slopes"), (*vectors, "slopes")) if "pairs" in constants else ()
-        for none in (*ways, () if groups else ("slopes",)):
+        heated = [((), True)] if groups else [(across, True), ((), True)]
+        for none, heat in [*heated, ((), False) if groups else ((*vectors, "slopes"), False)]:
             tile, options = _plan(stride, dtype, new, groups)
-            known = {**constants, **dict.fromkeys(none), **tile}
+            known = {**constants, **dict.fromkeys(none), **tile, "HEAT": heat}
             options |= {"matrix": True, "oldest": 90 if new else 80}
             yield _sweep, {**types, **floats}, known, options

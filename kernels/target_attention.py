@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ._code_rows import as_argument
 from ._code_tiles import finite
+from ._target_shared import Shared
 from ._target_tiles import (
     Plan,
     Tiles,
@@ -43,12 +44,13 @@ def _attend(
     q, k, v, bias, bounds, q_bounds, starts, owners, peaks, sums, parts, B, C, size, most, lanes,
     scale, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PER_HEAD: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Attend from blocks of candidates to a piece of their history.
 
     peaks, sums, parts: the greatest logit, the sum of exponentials less it, and that of values
-    times those, or times activations: for each piece [HEADS, candidates] and [.., DV].
+    times those, or times activations: for each piece [HEADS, candidates] and [.., DV]. Where there
+    is no v, keys are the values.
     """
     head = tl.program_id(0) % HEADS
     lane = tl.program_id(0) // HEADS % lanes
@@ -69,8 +71,9 @@ def _attend(
                 HEADS, D, BLOCK_D, 128,
             )  # fmt: skip
             score, there = logits(
-                products, bias, begin + first, rows - first, head, scale, HEADS, PER_HEAD, 1
-            )
+                products, bias, begin + first, rows - first, head, scale, HEADS, PER_HEAD, 1,
+                start + block, MIXED,
+            )  # fmt: skip
             if ACTIVATION == "softmax":
                 top = tl.maximum(peak, tl.max(score, 1))
                 shift = finite(top)
@@ -81,7 +84,10 @@ def _attend(
                 peak = top
             else:
                 terms = weights(score, there, ACTIVATION)
-            v_tile = rows_at(v, begin + first, rows - first, head, BLOCK_T, HEADS, DV, BLOCK_V)
+            if v is None:
+                v_tile = k_tile
+            else:
+                v_tile = rows_at(v, begin + first, rows - first, head, BLOCK_T, HEADS, DV, BLOCK_V)
             out = tl.dot(terms.to(v_tile.dtype), v_tile, out, input_precision="tf32x3")
         candidates = tl.arange(0, BLOCK_C)
         at = place * HEADS + head * count + block + candidates
@@ -159,8 +165,14 @@ _TILES: dict[int, Tiles] = {  # by the bytes of a number
 }
 
 
-def _plan(C: int, d: int, dv: int, dtype: torch.dtype) -> Plan:
-    return tile_of(C, d, dv, _TILES[dtype.itemsize])
+def _plan(C: int, d: int, dv: int, dtype: torch.dtype, mixed: int = 1) -> Plan:
+    most = C if mixed == 1 else min(C, 64)  # biases of each candidate's head take registers
+    return tile_of(most, d, dv, _TILES[dtype.itemsize])
+
+
+def _shared_plan(C: int, d: int, dv: int, dtype: torch.dtype) -> Plan:
+    """Return the plan of `configs_of` where heads share rows: bfloat16 has no bias there."""
+    return _plan(C, d, dv, dtype, 1 if dtype == torch.bfloat16 else 2)
 
 
 def target_attention(
@@ -178,14 +190,43 @@ def target_attention(
     The host is not asked: offsets that do not ascend from 0 to the end are made to. What is not
     contiguous is copied.
     """
-    B, H, d, T, dv = len(offsets) - 1, q.shape[-2], q.shape[-1], len(k), v.shape[2]
+    return _attend_all(q, k, v, offsets, bias, scale, activation, q_offsets, 1)
+
+
+def shared_attention(
+    q: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    activation: str,
+    q_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what torch's operator `livrec::shared_attention` does, rows read once for all heads.
+
+    As above, the host is not asked. The gradient sums weights anew: what lse lost is not kept.
+    """
+    one = Shared.of(q, x, bias, q_offsets)
+    options = (scale, activation, one.q_offsets, one.mixed)
+    out, lse = _attend_all(one.q, one.k, None, offsets, bias, *options)
+    lse = lse.view(q.shape[:-1] if activation == "softmax" else (0,))
+    return out.view(q.shape), lse, torch.zeros_like(lse)
+
+
+def _attend_all(
+    q: Tensor, k: Tensor, v: Tensor | None, offsets: Tensor, bias: Tensor | None, scale: float,
+    activation: str, q_offsets: Tensor | None, mixed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend; without v, keys are the values."""
+    B, H, d, T = len(offsets) - 1, q.shape[-2], q.shape[-1], len(k)
+    dv = (k if v is None else v).shape[2]
     out = q.new_empty((*q.shape[:-1], dv))
     softmax = activation == "softmax"
     lse = q.new_empty(q.shape[:-1] if softmax else (0,), dtype=torch.float32)
     if not out.numel() or not B:
         return out.zero_(), lse.fill_(-torch.inf)
     C = candidates_per_user(q, B)
-    tile, options = _plan(C, d, dv, q.dtype)
+    tile, options = _plan(C, d, dv, q.dtype, mixed)
     with torch.cuda.device_of(q):
         pieces = cut(q, offsets, q_offsets, T, tile["BLOCK_C"])
         left = (pieces.rows * H if softmax else 0, pieces.rows * H if softmax else 0)
@@ -196,9 +237,9 @@ def target_attention(
         given, per_head = bias_argument(bias)
         shape = {"HEADS": H, "DV": dv, "ACTIVATION": activation}
         _attend[(pieces.count * H * pieces.lanes,)](
-            as_argument(q), as_argument(k), as_argument(v), given, *pieces.arguments, peaks, sums,
-            parts, B, C, pieces.size, pieces.most, pieces.lanes, scale, D=d, PER_HEAD=per_head,
-            **shape, **tile, **options,
+            as_argument(q), as_argument(k), None if v is None else as_argument(v), given,
+            *pieces.arguments, peaks, sums, parts, B, C, pieces.size, pieces.most, pieces.lanes,
+            scale, D=d, PER_HEAD=per_head and mixed == 1, MIXED=mixed, **shape, **tile, **options,
         )  # fmt: skip
         _combine[(B * H * C,)](
             peaks, sums, parts, pieces.starts, pieces.q_bounds, out, lse, C, pieces.most, C,
@@ -213,7 +254,8 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     A type ending in ":16" is known to be divisible by 16. "matrix": tensor cores are meant.
     """
     partial = dict.fromkeys(("peaks", "sums", "parts", "lse"), "*fp32:16")
-    for types, constants, options in configs_of(_plan):
+    for types, constants, options in configs_of(_plan, _shared_plan):
         yield _attend, {**types, **partial}, constants, options
         combine = {**constants, **_COMBINE}
-        yield _combine, {**types, **partial}, combine, {"matrix": False, **_COMBINE_OPTIONS}
+        if "v" not in constants:
+            yield _combine, {**types, **partial}, combine, {"matrix": False, **_COMBINE_OPTIONS}

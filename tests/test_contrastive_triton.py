@@ -2,6 +2,7 @@
 
 import re
 from importlib.util import find_spec
+from itertools import product
 
 import gpu_gates as gates
 import pytest
@@ -23,6 +24,8 @@ SIZES = {"B": 37, "D": 20, "E": 9}
 PLAIN = dict.fromkeys(
     ("query_ids", "key_ids", "false_negative_threshold", "log_q", "weights", "valid", "extra_keys")
 )
+
+UNSAMPLED = {"log_q_rule": "unsampled_positive", "log_q": torch.full((37,), -2.0)}
 
 
 def _draw(dtype=torch.float32, plain=False, **changes):
@@ -90,8 +93,10 @@ def without_negatives_all_is_exactly_zero():
         {"key_ids": torch.zeros(37, dtype=torch.int64)},
         {"false_negative_threshold": -1.5},
         {"valid": torch.arange(37) == 17},
+        UNSAMPLED | {"key_ids": torch.zeros(37, dtype=torch.int64)},
+        UNSAMPLED | {"valid": torch.arange(37) == 17},
     ):
-        inputs = _draw(plain=True, temperature=torch.tensor(0.01), **mask)
+        inputs = _draw(plain=True, temperature=torch.tensor(0.01)) | mask
         found = results(SUBJECT, "triton", inputs)
         for name, tensor in found.named().items():
             assert (tensor == 0).all(), name
@@ -145,65 +150,40 @@ def repeats_and_strides_change_no_bit():
 
 
 def several_positives():
-    """Against the formula: the mean over positives, masks hide none, rows with none else are 0."""
-    from livrec_fast.kernels.contrastive import in_batch_contrastive as forward
-    from livrec_fast.kernels.contrastive_gradient import in_batch_contrastive_gradient as backward
-
-    made = _draw(temperature=torch.tensor(0.2))
-    names = ("query", "key", "temperature", "log_q", "extra_keys")
-    given = {name: value for name, value in made.items() if name not in ("weights", "reduction")}
-    generator = torch.Generator().manual_seed(8)
-    given |= {"keep_pairs": True, "group_ids": torch.randint(12, (46,), generator=generator)}
-    given["false_negative_threshold"] = None
-    for everywhere in (False, True):
-        if everywhere:
-            given["group_ids"] = torch.zeros_like(given["group_ids"])
-        losses, lse, pairs = forward(**given)
-        flow = torch.randn(37, generator=generator)
-        found = backward(flow, lse, pairs, wanted=names, **given)
-        leaves = {name: given[name].double().requires_grad_() for name in names}
-        wanted = _several_by_hand(**given | leaves)
-        grads = torch.autograd.grad(wanted @ flow.double(), leaves.values())
-        torch.testing.assert_close(losses.double(), wanted, rtol=1e-5, atol=1e-5)
-        assert bool(losses.any()) != everywhere
-        for name, grad in zip(names, grads, strict=True):
-            scale = float(grad.abs().max())
-            torch.testing.assert_close(
-                found[name].double(),
-                grad,
-                rtol=1e-5,
-                atol=1e-5 * scale,
-                msg=lambda m, n=name: n + m,
-            )
+    _check(**_draw(groups=1, temperature=torch.tensor(0.2)))
+    alone = {"groups": 1, "group_ids": torch.zeros(46, dtype=torch.int64)}
+    assert not results(SUBJECT, "triton", _draw(**alone)).named()["output 0"].any()
 
 
-def _several_by_hand(
-    query, key, temperature, log_q, extra_keys, query_ids, key_ids, group_ids, valid, **rest
-):
-    batch, keys = len(query), torch.cat([key, extra_keys])
-    there = torch.cat([valid, torch.ones(len(extra_keys), dtype=torch.bool)])
-    unit, keys = (torch.nn.functional.normalize(x, dim=1) for x in (query, keys))
-    scaled = unit @ keys.T / temperature
-    same = group_ids[:batch, None] == group_ids
-    masked = key_ids[:batch, None] == key_ids
-    masked[:, :batch] |= query_ids[:, None] == query_ids
+def positives_that_are_no_samples():
+    _check(**_draw(rule=1, temperature=torch.tensor(0.2)))
+    _check(**_draw(torch.bfloat16, rule=1, symmetric=False, temperature=torch.tensor(0.1)))
+    log_q = -torch.logspace(-6, 2, 37)  # of nearly all samples, and of nearly none
+    rule = {"log_q_rule": "unsampled_positive", "log_q": log_q, "temperature": torch.tensor(2.0)}
+    _check(**_draw(plain=True, **rule))
 
-    def loss(logits, positive, gone):
-        every = logits.masked_fill(gone, -torch.inf)
-        weights = positive / positive.sum(1, keepdim=True).clamp(min=1)
-        lost = every.logsumexp(1) - (logits * weights).sum(1)
-        return lost.where((~gone & ~positive).any(1) & valid, lost.new_zeros(()))
 
-    positive = same & there
-    gone = (masked & ~same) | ~there
-    total = loss(scaled - log_q, positive, gone)
-    square = scaled[:, :batch].T
-    return (total + loss(square, positive[:, :batch].T & valid, gone[:, :batch].T | ~valid)) / 2
+def temperatures_gradient_sees_no_rounded_weights():
+    """Units are as given, so that only weights could be rounded to 16 bits."""
+    for seed, value, symmetric in product(range(3), (0.01, 0.1, 1.0), (False, True)):
+        generator = torch.Generator().manual_seed(seed)
+        query, key = torch.randn(2, 64, 16, generator=generator)
+        query, key = (torch.nn.functional.normalize(x, dim=1).bfloat16() for x in (query, key))
+        flow, found = torch.randn(64, generator=generator), []
+        options = {"normalize": False, "symmetric": symmetric, "reduction": "none"}
+        for wide, name in ((torch.float32, "triton"), (torch.float64, "reference")):
+            scale = torch.tensor(value, dtype=wide, requires_grad=True)
+            rows = (query, key) if name == "triton" else (query.double(), key.double())
+            losses = in_batch_contrastive(*rows, temperature=scale, **options, backend=name)
+            found.append(torch.autograd.grad(losses, scale, flow.to(wide))[0].double())
+        limit = 2e-7 * float(flow.abs().sum()) / value**2
+        assert abs(found[0] - found[1]) <= min(limit, 1e-3 * abs(found[1])), (seed, value)
 
 
 def inputs_of_every_kind():
     dtypes_and_widths()
     temperatures_far_apart()
+    temperatures_gradient_sees_no_rounded_weights()
 
 
 def blocks_and_small_sizes():
@@ -214,6 +194,7 @@ def blocks_and_small_sizes():
 def masks_and_groups():
     one_mask_after_another()
     several_positives()
+    positives_that_are_no_samples()
 
 
 def exact_edges():

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_same, check_tensor
+from .._dispatch import refuse_triton
 from ..reference._formula import wide_dtype
 from ..reference.target_attention import ACTIVATIONS
+
+MOST_COLUMNS = 256  # of rows that Triton kernels keep
 
 
 def fake(q: Tensor, value_dim: int, has_lse: bool = True) -> tuple[Tensor, Tensor]:
@@ -23,6 +26,15 @@ def fake_with_rest(q: Tensor, value_dim: int, activation: str) -> tuple[Tensor, 
     """Return empty results of target attention: out, lse and what lse lost to rounding."""
     out, lse = fake(q, value_dim, activation == "softmax")
     return out, lse, torch.empty_like(lse)
+
+
+def refuse_tiles(q: Tensor, *rows: Any) -> str | None:
+    """Say why a Triton kernel cannot take q and, after it, rows whose last dimension it holds."""
+    if q.dtype == torch.float64:
+        return "computes in float32; queries are float64"
+    if rows[0].shape[-1] > MOST_COLUMNS:
+        return f"keeps rows in registers: at most {MOST_COLUMNS} columns"
+    return refuse_triton(q)
 
 
 def check_query(q: Any, offsets: Any, q_offsets: Any = None) -> None:

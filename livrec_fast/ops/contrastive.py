@@ -64,11 +64,8 @@ def _fake(
 
 
 def _refuse_tiles(query: Tensor, *rest: Any) -> str | None:
-    given = _named((query, *rest))
     if query.dtype == torch.float64:
         return "computes in float32; queries are float64"
-    if given["log_q_rule"] != "standard":
-        return f"knows the standard rule of log_q only, not {given['log_q_rule']!r}"
     return refuse_triton(query)
 
 
@@ -204,8 +201,7 @@ def in_batch_contrastive(
     reference: about six float32 matrices and five boolean ones of B x (B + E), and as much again in
     the gradient. Threads: one for every 256 keys, at most 32. The Triton kernels hold the units of
     both sides, too, partial sums of at most 16 parts, and bits of pairs as above or at most 32 MiB
-    of them; they know the standard rule of log_q only, and round weights to 16 bits where units
-    are.
+    of them; they round weights to 16 bits where units are, but for the temperature's gradient.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or choice, or a

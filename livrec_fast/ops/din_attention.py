@@ -16,10 +16,11 @@ from .._checks import (
     check_tensor,
     named_items,
 )
-from .._dispatch import Backend, Op, refuse_wide
+from .._dispatch import Backend, Op, refuse_triton, refuse_wide
 from ..reference import din_attention as reference
 from . import _attention
 
+_MOST_WEIGHTS = 2**14  # of a Triton kernel, with d and h_l powers of 2 from 16 on
 _NEEDED = {"prelu": ("slopes",), "dice": ("slopes", "gains", "shifts")}
 
 
@@ -33,6 +34,28 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor | None, offsets: Tensor, *rest
         check_offsets(rest[-1], len(q), "q_offsets")
 
 
+def _refuse_tiles(
+    q: Tensor, k: Tensor, v: Tensor | None, offsets: Tensor, weights: Sequence[Tensor], *rest: Any
+) -> str | None:
+    if q.dtype == torch.float64:
+        return "computes in float32; queries are float64"
+    if len(weights) > 4:
+        return "unrolls layers: at most 3 hidden ones"
+    widths = [q.shape[-1], *(weight.shape[1] for weight in weights[:-1])]
+    wide = [1 << max(4, (width - 1).bit_length()) for width in widths]
+    if sum(a * b for a, b in zip(wide[:-1], wide[1:], strict=True)) > _MOST_WEIGHTS:
+        return f"shares weights on the chip: d h_1 + h_1 h_2 + ... at most {_MOST_WEIGHTS}"
+    if v is not None and v.shape[1] > 256:
+        return "keeps rows in registers: dv at most 256"
+    return refuse_triton(q)
+
+
+def _triton(*args: Any) -> Tensor:
+    from ..kernels import din_attention as kernels
+
+    return kernels.din_attention(*args)
+
+
 _op = Op(
     "din_attention",
     "(Tensor q, Tensor k, Tensor? v, Tensor offsets, Tensor[] weights, Tensor[] biases, "
@@ -41,7 +64,10 @@ _op = Op(
     fake=_fake,
     reference=reference.din_attention,
     check_values=_check_values,
-    backends=(Backend("native", refuse_wide, backward=None),),
+    backends=(
+        Backend("native", refuse_wide, backward=None),
+        Backend("triton", _refuse_tiles, _triton),
+    ),
     autocast=("q", "k", "v", "weights", "biases", "slopes", "gains", "shifts"),
 )
 
@@ -94,7 +120,9 @@ def din_attention(
         shifts: for "dice" only, likewise.
         softmax: normalise the weights over the history.
         q_offsets: int64 [B + 1]; user u has the rows q_offsets[u] .. q_offsets[u + 1] - 1 of q.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" (up to 3 hidden layers and d h_1 + h_1 h_2 + ... =
+            16,384, each rounded up to a power of 2 from 16 on; its gradient is the reference's) or
+            "reference".
 
     Returns:
         out, q's shape with dv (d without v) last, q's dtype.
@@ -119,7 +147,7 @@ def din_attention(
     d h_1 numbers and of the later weights; in 16 parts such sums and 2 d h_1 numbers more; and with
     fewer than 16 users, in as many parts, those of k and v. Without v, values are k. Of the
     reference: for one user at a time C x t x (8 d + twice the layers' widths) numbers, its gradient
-    for all users at once. Nothing is padded.
+    for all users at once. Of the Triton kernel: the weights, padded. Nothing else is padded.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, number of layers or

@@ -36,6 +36,20 @@ def _fake(
     return _attention.fake_with_rest(q, x.shape[1], activation)
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import target_attention as kernels
+
+    return kernels.shared_attention(*args)
+
+
+def _triton_backward(
+    grads: Sequence[Tensor | None], *args: Any, outputs: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    from ..kernels import target_attention_gradient as kernels
+
+    return kernels.shared_attention_gradient(grads, *args, outputs[0], needs)
+
+
 _shared = Op(
     "shared_attention",
     "(Tensor q, Tensor x, Tensor offsets, Tensor? bias, float scale, str activation, "
@@ -43,7 +57,10 @@ _shared = Op(
     fake=_fake,
     reference=reference.shared_attention,
     check_values=_check_values,
-    backends=(Backend("native", refuse_wide, backward=None),),
+    backends=(
+        Backend("native", refuse_wide, backward=None),
+        Backend("triton", _attention.refuse_tiles, _triton, _triton_backward),
+    ),
     autocast=("q", "x"),
 )
 
@@ -171,7 +188,7 @@ def shared_attention(
         activation: as for target_attention.
         q_offsets: as for target_attention.
         return_lse: return lse too; with the softmax only.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" (D up to 256) or "reference".
 
     Returns:
         out of q's shape and dtype, or (out, lse) with lse [B, C, H] or [Q, H], as for
@@ -239,7 +256,7 @@ def target_attention_features(
         activation: as for target_attention.
         q_offsets: as for target_attention.
         return_lse: return lse too; with the softmax only.
-        backend: "auto", "native" or "reference".
+        backend: as for shared_attention.
 
     Returns:
         out [B, C, H, dv] or [Q, H, dv] in q's dtype, or (out, lse), as for target_attention.
