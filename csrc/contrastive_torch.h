@@ -130,7 +130,7 @@ class ContrastiveCall {
                            const bool* query_valid = nullptr)
       : query(torch::stable::contiguous(given.query)),
         key(torch::stable::contiguous(given.key)),
-        type(table_type(query.scalar_type())),
+        type(float_type(query.scalar_type(), "query")),
         normalize(given.normalize),
         symmetric(given.symmetric),
         unsampled(given.log_q && given.log_q_rule == "unsampled_positive"),
