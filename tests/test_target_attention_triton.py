@@ -262,7 +262,8 @@ def test_rows_travel_in_128_bits_while_others_are_multiplied():
     module = gates.load("target_attention")
     seen = set()
     for kernel, types, constants, options in module.compile_configs():
-        if kernel is module._attend and constants["D"] == constants["DV"] == 64:
+        alone = "v" in constants  # keys are the values, too
+        if kernel is module._attend and constants["D"] == constants["DV"] == 64 and not alone:
             sass = gates.compile_triton(kernel, types, constants, options, 90).sass
             assert len(re.findall(r"LDGSTS\.E\S*\.128", sass)) >= 4  # keys and values, two stages
             groups = constants["BLOCK_C"] >= 64
