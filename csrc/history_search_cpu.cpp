@@ -65,8 +65,22 @@ struct FromCodes {
   float* scores;
 
   template <int N, int V>
-  void run() const {
-    const Terms<N, V, 0, true, 1> terms(block);
+  LIVREC_INLINE void run() const {
+    switch (block.rows->fields) {
+      case 2:
+        return add<N, V, 2>();
+      case 3:
+        return add<N, V, 3>();
+      case 4:
+        return add<N, V, 4>();
+      default:
+        return add<N, V, 0>();
+    }
+  }
+
+  template <int N, int V, int kFields>
+  void add() const {
+    const Terms<N, V, kFields, true, 1> terms(block);
     typename Lanes<N>::V sums[V];
     for (int64_t item = begin; item < end; ++item) {
       terms.combine(item, sums);
