@@ -124,7 +124,6 @@ def forward(kind: str, items: int, options: Options) -> Case:
         contestants=[*ours(livrec_fast.prefix_ngram_lookup, options), *peer],
         bytes=items * (len(LEVELS) + 8 * width),
         flops=0,
-        long=items == MANY,
     )
 
 
