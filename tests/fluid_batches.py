@@ -58,6 +58,7 @@ class HandMade:
     key = "hand-made"
     sizes = SIZES
     mean, deviation = torch.zeros(SIZES.features), torch.ones(SIZES.features)
+    codebooks = None
 
     def __init__(self, steps=3, requests=6):
         self.count, self.requests = steps, requests

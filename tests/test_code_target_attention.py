@@ -128,6 +128,24 @@ def test_is_softmax_attention_written_by_hand(absorb):
     torch.testing.assert_close(unit(**inputs), wanted @ unit.out.weight.T)
 
 
+@pytest.mark.parametrize("kind", [None, 1, 2])
+@pytest.mark.parametrize(("absorb", "sparse"), WAYS)
+def test_lse_is_that_of_the_logits(absorb, sparse, kind):
+    unit, given, bias = _unit(absorb=absorb, sparse=sparse), _inputs(), _bias(kind)
+    out, lse = unit(**given, bias=bias, return_lse=True)
+    assert torch.equal(out, unit(**given, bias=bias)) and lse.shape == (4, 3, 2)
+    x = unit.embed(given["codes"], authors=given["authors"], gaps=given["gaps"])
+    q = unit.query(given["candidates"]).unflatten(2, (2, 3))
+    k = unit.key(x).unflatten(1, (2, 3))
+    more = torch.zeros(T, 2) if bias is None else bias.view(T, -1).expand(T, 2)
+    for user in range(4):
+        rows = slice(OFFSETS[user], OFFSETS[user + 1])
+        logits = torch.einsum("chd,thd->cht", q[user], k[rows]) / 3**0.5 + more[rows].T
+        torch.testing.assert_close(lse[user], logits.logsumexp(2))
+    wanted = [unit.query.weight, unit.key.weight]
+    assert all(grad.any() for grad in torch.autograd.grad(lse[lse.isfinite()].sum(), wanted))
+
+
 @pytest.mark.parametrize("absorb", ["tables", "query"])
 def test_gradcheck(absorb):
     unit, inputs = _unit(absorb=absorb), _inputs()

@@ -152,10 +152,61 @@ def test_unknown_labels_have_no_part_in_the_loss():
     mask[1, 0, 1] = False
     loss = task_loss(logits, labels, mask)
     each = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    torch.testing.assert_close(loss, each[:, :, 0].mean() + each[0, 0, 1])
+    torch.testing.assert_close(loss, (each[:, :, 0].sum() + each[0, 0, 1]) / 2)
     loss.backward()
     assert logits.grad[1, 0, 1] == 0
     assert float(task_loss(logits, labels, torch.zeros_like(mask)).detach()) == 0
+
+
+def test_a_label_weighs_the_same_in_a_task_with_few():
+    logits, mask = torch.zeros(5, 2, 2, requires_grad=True), torch.ones(5, 2, 2, dtype=torch.bool)
+    mask[1:, :, 1] = False
+    task_loss(logits, torch.ones_like(logits), mask).backward()
+    assert torch.equal(logits.grad != 0, mask)
+    torch.testing.assert_close(logits.grad[mask], torch.full((12,), -0.05))
+
+
+def test_the_match_tells_how_much_of_the_history_is_like_the_candidate():
+    torch.manual_seed(0)
+    books = [torch.randn(4, 6) * scale for scale in (1.0, 0.3, 0.1)]
+    model, batch = Ranker("late", MODEL, SIZES, TRAIN, books), make_batch()
+    layer, heard = model.history, []
+    layer.matched.register_forward_hook(lambda module, given, made: heard.append(given[0]))
+    layer(batch)
+    attention, scale = layer.attention, (6**0.5 / MODEL.likeness) ** 0.25
+    for level, book in enumerate(books):
+        torch.testing.assert_close(attention.table(f"code_{level}"), scale * book)
+    items = attention.embed(
+        batch.history_codes, authors=batch.history_author, gaps=batch.history_gap
+    )
+    for row in range(6):
+        mine = items[batch.offsets[row] : batch.offsets[row + 1]]
+        for at in range(4):
+            author = batch.author[row, at : at + 1]
+            x = attention.embed(batch.slice_codes[row, at][None], authors=author)
+            wanted = (scale**2 * (mine @ x[0]) / 6**0.5).exp().mean().log()
+            wanted = torch.where(torch.tensor(len(mine) > 0), wanted, 0)
+            torch.testing.assert_close(heard[0][row, at, 0], wanted, rtol=1e-4, atol=1e-4)
+    assert heard[0].std() > 0.1
+
+
+def test_without_match_the_history_is_not_asked_for_codes():
+    batch, other = make_batch(), make_batch()
+    other.slice_codes = (other.slice_codes + 1) % 4
+    for match in (True, False):
+        layer = make("concat", match=match).history
+        found, changed = layer(batch)["history"], layer(other)["history"]
+        assert torch.equal(found, changed) != match
+        assert ("match" in layer.slots) == match
+
+
+def test_heads_do_not_hear_a_new_slot_at_first():
+    before, after = make("id"), make("late", seed=1)
+    fresh = after.take_over(before.state_dict())
+    weights = after.heads.join.weights
+    new = {name for name in weights if f"heads.join.weights.{name}" in fresh}
+    assert new == {"slice", "match"}
+    assert all(bool(weight.any()) != (name in new) for name, weight in weights.items())
 
 
 def test_experts_are_chosen_and_balanced():

@@ -149,9 +149,9 @@ class CodeItems(nn.Module):
         check_same("device", codes=codes, authors=authors, gaps=gaps, tables=self.table("code_0"))
 
     def _named(
-        self, compute: Callable[[], Tensor], codes: Tensor, authors: Tensor | None,
+        self, compute: Callable[[], Any], codes: Tensor, authors: Tensor | None,
         gaps: Tensor | None, packed: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Compute; where an id is out of range, name the argument that has it, not the column."""
         if torch.compiler.is_compiling():
             return compute()

@@ -172,7 +172,8 @@ class CodeTargetAttention(CodeItems):
     def forward(
         self, candidates: Tensor, codes: Tensor, offsets: Tensor, *, authors: Tensor | None = None,
         gaps: Tensor | None = None, bias: Tensor | None = None, packed: bool = False,
-    ) -> Tensor:  # fmt: skip
+        return_lse: bool = False,
+    ) -> Any:  # fmt: skip
         """Attend to the histories.
 
         Args:
@@ -183,9 +184,12 @@ class CodeTargetAttention(CodeItems):
             gaps: [T] integers in [-1, gap_buckets), such as of `gap_bucket`; needed likewise.
             bias: [T] or [T, H], added to the logits; -inf takes an item out.
             packed: codes are what `pack_codes` makes of them, uint8 [T, ceil(bits / 8)].
+            return_lse: return the logarithm of the sum of the exponentials, too: how much of the
+                history is like the candidate.
 
         Returns:
-            [B, C, out_dim], zeros for a user without history.
+            [B, C, out_dim], zeros for a user without history, or with it the lse [B, C, H], -inf
+            for such a user.
 
         Raises:
             TypeError, ValueError, IndexError: what is wrong with which argument.
@@ -193,11 +197,13 @@ class CodeTargetAttention(CodeItems):
         q, bias = self._query(candidates, codes, offsets, authors, gaps, bias, packed)
         attend = self._by_tables if self.absorb == "tables" else self._by_query
 
-        def compute() -> Tensor:
+        def compute() -> tuple[Tensor, Tensor]:
             fields, packed_fields = self._stacked(codes, authors, gaps, packed)
             return attend(q, fields, offsets, bias, packed_fields)
 
-        return self.out(self._named(compute, codes, authors, gaps, packed).flatten(2))
+        found, lse = self._named(compute, codes, authors, gaps, packed)
+        out = self.out(found.flatten(2))
+        return (out, lse) if return_lse else out
 
     def unabsorbed(
         self, candidates: Tensor, codes: Tensor, offsets: Tensor, *, authors: Tensor | None = None,
@@ -231,8 +237,8 @@ class CodeTargetAttention(CodeItems):
 
     def _by_tables(
         self, q: Tensor, fields: Tensor, offsets: Tensor, bias: Tensor | None, packed: bool
-    ) -> Tensor:
-        """Attend with the tables projected, to [B, C, H, value_dim]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with the tables projected, to [B, C, H, value_dim], and lse [B, C, H]."""
         tables = [self.table(name) for name in self.rows]
         keys = [self.key(table).unflatten(1, (self.heads, self.head_dim)) for table in tables]
         values = [self.value(table).unflatten(1, (self.heads, self.value_dim)) for table in tables]
@@ -240,7 +246,7 @@ class CodeTargetAttention(CodeItems):
 
     def _by_query(
         self, q: Tensor, fields: Tensor, offsets: Tensor, bias: Tensor | None, packed: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Attend with the query projected to the tables' width, and the result from it."""
         key = self.key.weight.unflatten(0, (self.heads, self.head_dim))
         value = self.value.weight.unflatten(0, (self.heads, self.value_dim))
@@ -248,29 +254,30 @@ class CodeTargetAttention(CodeItems):
         tables = [self.table(name) for name in self.rows]
         tables = [OneHead.apply(table) if self.sparse else table[:, None] for table in tables]
 
-        def attend(q: Tensor, bias: Tensor | None) -> Tensor:  # q [B, C, heads, dim]
-            folded = q.flatten(1, 2)[:, :, None]
-            out = self._attend(folded, fields, tables, tables, offsets, bias, packed)
-            return out.view(q.shape)
+        def attend(q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            folded = q.flatten(1, 2)[:, :, None]  # of [B, C, heads, dim]
+            out, lse = self._attend(folded, fields, tables, tables, offsets, bias, packed)
+            return out.view(q.shape), lse.view(q.shape[:3])
 
         if bias is None or bias.dim() == 1:
-            out = attend(q, bias)
+            out, lse = attend(q, bias)
         else:
             heads = zip(q.split(1, 2), bias.unbind(1), strict=True)
-            out = torch.cat([attend(*head) for head in heads], 2)
-        return torch.einsum("bchn,hvn->bchv", out, value)
+            parts = zip(*(attend(*head) for head in heads), strict=True)
+            out, lse = (torch.cat(part, 2) for part in parts)
+        return torch.einsum("bchn,hvn->bchv", out, value), lse
 
     def _attend(
         self, q: Tensor, fields: Tensor, keys: list[Tensor], values: list[Tensor], offsets: Tensor,
         bias: Tensor | None, packed: bool,
-    ) -> Tensor:  # fmt: skip
-        out = code_attention(
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        found = code_attention(
             q, fields, keys, values, offsets, bias=bias, scale=self.head_dim**-0.5,
             levels=self.fields, groups=self.groups, hashing=self.hashing, packed=packed,
-            sparse=self.sparse, backend=self.backend,
+            sparse=self.sparse, backend=self.backend, return_lse=True,
         )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
+        assert isinstance(found, tuple)
+        return found
 
     def extra_repr(self) -> str:
         """Describe the module in `print(module)`."""

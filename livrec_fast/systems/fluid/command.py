@@ -64,11 +64,16 @@ QUICK_WORLD = {
 @click.option(
     "--world", "sizes", multiple=True, metavar="NAME=NUMBER", help="A setting of the world."
 )
+@click.option("--held-out", is_flag=True, help="Test on the end of what is else trained on.")
+@click.option(
+    "--match/--no-match", default=True, show_default=True,
+    help="Seek the candidate's slice code in the user's history, in the rows that read it.",
+)  # fmt: skip
 @click.option("--speed", is_flag=True, help="Time the training step instead of training.")
 def command(
     data: str, names: tuple[str, ...], seeds: int | None, quick: bool, out: Path, resume: bool,
     jobs: int | None, most: int | None, mixing: str, boost: str, fade: str, votes: str,
-    sizes: tuple[str, ...], speed: bool,
+    sizes: tuple[str, ...], held_out: bool, match: bool, speed: bool,
 ) -> None:  # fmt: skip
     """FLUID: live rooms ranked with the room's id, then by codes of what they show.
 
@@ -87,8 +92,9 @@ def command(
     if sizes and data != WORLD:
         raise click.BadParameter(f"--data {data} is no world", param_hint="--world")
     given = (QUICK_WORLD if quick else {}) | _sizes(sizes)
-    source = Source(data, tuple(given.items()), most=most, rule=votes)
-    settings = Settings(ModelConfig(mixing=mixing, boost=boost), TrainConfig(fade=fade))
+    source = Source(data, tuple(given.items()), most=most, rule=votes, held_out=held_out)
+    model = ModelConfig(mixing=mixing, boost=boost, match=match)
+    settings = Settings(model, TrainConfig(fade=fade))
     tables = chosen(names)
     count = seeds or (QUICK_SEEDS if quick else SEEDS)
     workers = min(count, jobs or os.cpu_count() or 1)

@@ -36,9 +36,10 @@ class ModelConfig:
     boost: "swiglu" or "moe". hidden: of the per-token SwiGLU and of an expert. experts, active: of
     the sparse mixture. balance, z: weights of its two losses. tower: hidden width of a task's
     tower. alignment, temperature: of fusion "em3". start: standard deviation of a new table's rows,
-    as a share of 1 / sqrt(width): a small one lets a room that nobody has seen say nothing. groups:
-    of dense features, a token each; the first holds the exposure counters, which the feature gate
-    reads. backend: of all ops.
+    as a share of 1 / sqrt(width): a small one lets a room that nobody has seen say nothing.
+    match: the candidate's slice code is sought in the user's history. likeness: the temperature at
+    which that starts. groups: of dense features, a token each; the first holds the exposure
+    counters, which the feature gate reads. backend: of all ops.
     """
 
     levels: tuple[int, ...] = (64, 64, 64, 64)
@@ -62,6 +63,8 @@ class ModelConfig:
     alignment: float = 0.1
     temperature: float = 0.07
     start: float = 0.1
+    match: bool = True
+    likeness: float = 0.3
     groups: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3), (4, 5, 6))
     backend: str = "auto"
 
@@ -81,20 +84,22 @@ class TrainConfig:
 
     requests: in a batch. length: the most recent events of a history that are read. rate: of AdamW.
     decay: of its weights. clip: the greatest norm of its gradient. table_rate, rule: of the tables'
-    optimiser, "rowwise_adagrad" or "adagrad". fade: "linear" scales the id from 1 to 0 over stage
-    2; "dropout" takes it from a growing share of the candidates. fade_share: of stage 2's steps,
-    after which the id is gone. periods: shares of the training requests, in order of time, of the
-    base's training, stage 1, 2 and 3 and the streaming training after them; the test requests
-    follow. stream: go on training through the test period, each batch after it was scored.
-    save_every: steps between checkpoints.
+    optimiser, "rowwise_adagrad" or "adagrad". history_rate: of the history's tables, which start as
+    what their codes stand for, and lose that at the rate of the others. fade: "linear" scales the
+    id from 1 to 0 over stage 2; "dropout" takes it from a growing share of the candidates.
+    fade_share: of stage 2's steps, after which the id is gone. periods: shares of the training
+    requests, in order of time, of the base's training, stage 1, 2 and 3 and the streaming training
+    after them; the test requests follow. stream: go on training through the test period, each batch
+    after it was scored. save_every: steps between checkpoints.
     """
 
-    requests: int = 64
+    requests: int = 32
     length: int = 100
     rate: float = 1e-3
     decay: float = 1e-4
     clip: float = 1.0
     table_rate: float = 0.05
+    history_rate: float = 0.005
     rule: str = "rowwise_adagrad"
     fade: str = "linear"
     fade_share: float = 0.75

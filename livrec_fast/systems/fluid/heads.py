@@ -32,7 +32,12 @@ class TaskHeads(nn.Module):
 
 
 def task_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over tasks of the mean cross-entropy where a label is known; all [..., K]."""
-    known = mask.flatten(0, -2).to(logits.dtype)
-    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").flatten(0, -2)
-    return ((losses * known).sum(0) / known.sum(0).clamp(min=1)).sum()
+    """Return the cross-entropy of the known labels, summed over tasks, per candidate; all [..., K].
+
+    Every label weighs the same: a task whose labels are known of a few candidates only, as those of
+    who enters, does not drown the others in its noise.
+    """
+    known = mask.to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    rows = mask.any(-1).sum().clamp(min=1)
+    return (losses * known).sum() / rows

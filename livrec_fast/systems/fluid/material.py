@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...logs.batches import GAPS, Batch, Feed
 from ...logs.log import KINDS, VIDEO, Array, LiveLog
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .training import Settings
 
 WORLD = "world"
+_OF_EVENTS = ("user", "room", "author", "ts", "kind", "value", "pos")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Source:
 
     data: "world", a synthetic one for each seed, or a folder. sizes: of the world, by name.
     candidates: of a request. share: of the requests to train on. most: requests at
-    most, those around the split; None, all. rule: of the rooms' votes.
+    most, those around the split; None, all. rule: of the rooms' votes. held_out: leave out all
+    events from the test period on, and so train and test on what would have been trained on:
+    settings are to be chosen so.
     """
 
     data: str = WORLD
@@ -40,6 +45,7 @@ class Source:
     share: float = 0.8
     most: int | None = None
     rule: str = "per_level"
+    held_out: bool = False
 
     def check(self) -> None:
         """Refuse sizes and folders that no log can be made of; what a folder holds is not read."""
@@ -58,8 +64,17 @@ class Source:
             from ...data import world
 
             sizes: dict[str, Any] = dict(self.sizes)
-            return world.make(seed, **sizes).log
-        return read_folder(Path(self.data))
+            log = world.make(seed, **sizes).log
+        else:
+            log = read_folder(Path(self.data))
+        return self.split(log, seed)[2] if self.held_out else log
+
+    def split(self, log: LiveLog, seed: int) -> tuple[Requests, Requests, LiveLog]:
+        """Return the requests to train and to test on, and the log before the latter."""
+        train, test = split(log, self.share, candidates=self.candidates, seed=seed)
+        events = int(np.searchsorted(log.ts, test.ts[0])) if len(test) else len(log.ts)
+        cut = {name: getattr(log, name)[:events] for name in _OF_EVENTS}
+        return train, test, replace(log, **cut)
 
 
 def read_folder(folder: Path) -> LiveLog:
@@ -78,8 +93,7 @@ class Material:
     def __init__(self, source: Source, settings: Settings, seed: int):
         """Make requests and codes; the seed draws the negatives and starts the codebooks."""
         self.log, self.train = source.log(seed), settings.train
-        parts = split(self.log, source.share, candidates=source.candidates, seed=seed)
-        asked, first = _latest(*parts, source)
+        asked, first = _latest(*source.split(self.log, seed)[:2], source)
         if first < 5 or first == len(asked):
             raise ValueError(
                 f"data: {first} requests to train on and {len(asked) - first} to test on are too "
@@ -100,6 +114,7 @@ class Material:
         self.sizes = Sizes(self.log.users, self.log.rooms, self.log.authors, *dims)
         dense = torch.from_numpy(asked.dense[:first]).flatten(0, 1)
         self.mean, self.deviation = dense.mean(0), dense.std(0).clamp(min=1e-3)
+        self.codebooks: Sequence[Tensor] | None = list(self.codes.quantizer.codebooks)
         self.key = self._digest()
 
     def steps(self, period: int) -> int:

@@ -22,7 +22,7 @@ class Optimizers:
     """All that is stepped after the backward pass."""
 
     def __init__(self, model: Ranker, train: TrainConfig):
-        self.model, self.rule = model, row_rule(train)
+        self.model, self.rule = model, row_rule(train, history=True)
         self.rest, self.clip = model.rest(), train.clip
         self.adam = torch.optim.AdamW(
             list(self.rest.values()), lr=train.rate, weight_decay=train.decay, fused=True

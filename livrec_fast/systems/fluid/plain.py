@@ -73,8 +73,9 @@ class PlainHistory(nn.Module):
         return self._items(codes, authors, torch.full_like(authors, -1))
 
     def forward(
-        self, candidates: Tensor, codes: Tensor, offsets: Tensor, *, authors: Tensor, gaps: Tensor
-    ) -> Tensor:
+        self, candidates: Tensor, codes: Tensor, offsets: Tensor, *, authors: Tensor, gaps: Tensor,
+        return_lse: bool = False,
+    ) -> Any:  # fmt: skip
         """Attend from candidates [B, C, D]."""
         x = self._items(codes, authors, gaps)
         lengths = offsets.diff()
@@ -88,8 +89,14 @@ class PlainHistory(nn.Module):
             layer(rows).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, rows in ((self.query, candidates), (self.key, padded), (self.value, padded))
         )
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
-        return self.out(seen.transpose(1, 2).flatten(2))
+        mask = real[:, None, None]
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = self.out(seen.transpose(1, 2).flatten(2))
+        if not return_lse:
+            return out
+        logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # which SDPA does not give
+        lse = logits.masked_fill(~mask, -torch.inf).logsumexp(3).transpose(1, 2)
+        return out, lse
 
     def _items(self, codes: Tensor, authors: Tensor, gaps: Tensor) -> Tensor:
         fields = torch.cat([authors[:, None], gaps[:, None].long(), codes.long()], 1)
@@ -101,6 +108,7 @@ class PlainOptimizers:
     """AdamW for layers, torch's Adagrad for tables."""
 
     def __init__(self, model: Ranker, train: TrainConfig):
+        history = {id(model.history.attention.bag.weight)}  # type: ignore[union-attr]
         tables = [m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)]
         apart = {id(table) for table in tables}
         self.rest = [p for p in model.parameters() if id(p) not in apart]
@@ -108,7 +116,11 @@ class PlainOptimizers:
         self.adam = torch.optim.AdamW(
             self.rest, lr=train.rate, weight_decay=train.decay, fused=True
         )
-        self.adagrad = torch.optim.Adagrad(tables, lr=train.table_rate)
+        groups = [
+            {"params": [t for t in tables if (id(t) in history) == of_history], "lr": rate}
+            for of_history, rate in ((True, train.history_rate), (False, train.table_rate))
+        ]
+        self.adagrad = torch.optim.Adagrad(groups)
 
     def zero(self) -> None:
         """Forget the gradients."""

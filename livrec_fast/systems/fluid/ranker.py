@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .backbone import Backbone
 from .config import ModelConfig, Sizes, TrainConfig
 from .fusion import FUSIONS, Fuse
 from .heads import TaskHeads, task_loss
-from .tokens import CodeTokens, DenseTokens, HistoryToken, IdToken, row_rule
+from .tokens import CodeTokens, DenseTokens, HistoryTokens, IdToken, row_rule
 
 if TYPE_CHECKING:
     from ...logs.batches import Batch
@@ -46,7 +47,11 @@ class Ranker(nn.Module):
         >>> ranker(batch).logits  # [N, C, K]
     """
 
-    def __init__(self, fusion: str, config: ModelConfig, sizes: Sizes, train: TrainConfig):
+    def __init__(
+        self, fusion: str, config: ModelConfig, sizes: Sizes, train: TrainConfig,
+        codebooks: Sequence[Tensor] | None = None,
+    ):  # fmt: skip
+        """Make the tables and layers; `codebooks` [N, dim], a level each, start the history's."""
         super().__init__()
         self.fusion, self.config, self.sizes = FUSIONS[fusion], config, sizes
         rule = row_rule(train)
@@ -58,8 +63,8 @@ class Ranker(nn.Module):
             self.codes = CodeTokens(self.fusion, config, rule)
         self.fuse = Fuse(self.fusion, config)
         self.dense = DenseTokens(config, sizes)
-        self.history = HistoryToken(self.fusion, config, sizes)
-        self.slots = ["user", "author", "history", *self.dense.slots, *self.fusion.slots]
+        self.history = HistoryTokens(self.fusion, config, sizes, codebooks)
+        self.slots = ["user", "author", *self.history.slots, *self.dense.slots, *self.fusion.slots]
         self.backbone = Backbone(self.slots, config)
         self.heads = TaskHeads(self.slots, sizes.tasks, config)
 
@@ -74,7 +79,7 @@ class Ranker(nn.Module):
         tokens |= {
             "user": self.user(batch.user)[:, None].expand(*shape, -1),
             "author": self.author(batch.author),
-            "history": self.history(batch),
+            **self.history(batch),
             **self.dense(dense),
         }
         x = torch.stack([tokens[slot] for slot in self.slots], 2).flatten(0, 1)
@@ -103,10 +108,17 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def take_over(self, state: dict[str, Tensor]) -> list[str]:
-        """Load what another ranker's state has in common with this one; return what is new."""
+        """Load what another ranker's state has in common with this one; return what is new.
+
+        The heads hear nothing of a new slot at first, so as not to lose what they have learned.
+        """
         own = self.state_dict()
         self.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-        return [name for name in own if name not in state]
+        fresh = [name for name in own if name not in state]
+        for name in fresh:
+            if name.startswith("heads.join."):
+                own[name].zero_()
+        return fresh
 
     def _candidate(
         self, batch: Batch, dense: Tensor, id_scale: float | Tensor

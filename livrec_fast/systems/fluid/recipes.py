@@ -45,7 +45,7 @@ class Row:
         """
         fusion, wanted = FUSIONS[stage.fusion], replace(config, **self.changes)
         if not (fusion.reads_slice or fusion.reads_room):
-            wanted = replace(wanted, scheme=config.scheme)
+            wanted = replace(wanted, scheme=config.scheme, match=config.match)
         if not (fusion.reads_slice and fusion.reads_room):
             wanted = replace(wanted, shared=config.shared)
         return wanted

@@ -95,7 +95,7 @@ def _steppers(
     made: dict[str, tuple[Ranker, Any]] = {}
     for name, backend in zip(NAMES, ("auto", "reference", "auto"), strict=True):
         torch.manual_seed(0)
-        ranker = Ranker(fusion, replace(model, backend=backend), data.sizes, train)
+        ranker = Ranker(fusion, replace(model, backend=backend), data.sizes, train, data.codebooks)
         ranker.dense.mean.copy_(data.mean)
         ranker.dense.deviation.copy_(data.deviation)
         if name == NAMES[2]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,13 @@ from .fusion import Fusion
 if TYPE_CHECKING:
     from ...logs.batches import Batch
 
+_LENGTHS = {"author": 0.5, "gap": 0.05, "code_0": 1.0}  # of the history's new rows, without scale
 
-def row_rule(train: TrainConfig) -> RowAdagrad | RowwiseAdagrad:
-    """Return the optimiser of all tables."""
+
+def row_rule(train: TrainConfig, history: bool = False) -> RowAdagrad | RowwiseAdagrad:
+    """Return the optimiser of the history's tables, or of all others."""
     kind = RowwiseAdagrad if train.rule == "rowwise_adagrad" else RowAdagrad
-    return kind(train.table_rate)
+    return kind(train.history_rate if history else train.table_rate)
 
 
 def make_table(config: ModelConfig, levels: Any, optimizer: Any, scheme: str = "prefix") -> Any:
@@ -128,14 +131,7 @@ class DenseTokens(nn.Module):
         self.groups = [list(group) for group in config.groups]
         self.register_buffer("mean", torch.zeros(sizes.features))
         self.register_buffer("deviation", torch.ones(sizes.features))
-        self.project = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(len(group), config.width),
-                nn.GELU(),
-                nn.Linear(config.width, config.width),
-            )
-            for group in self.groups
-        )
+        self.project = nn.ModuleList(_two_layers(len(group), config.width) for group in self.groups)
 
     @property
     def slots(self) -> list[str]:
@@ -152,35 +148,64 @@ class DenseTokens(nn.Module):
         return {slot: project(standardised[..., group]) for slot, group, project in parts}
 
 
-class HistoryToken(nn.Module):
-    r"""What a candidate finds in its user's history: $W [o | o \odot x]$.
+class HistoryTokens(nn.Module):
+    r"""What a candidate finds in its user's history: $W [o | o \odot V x]$, and the match m.
 
     The candidate's x, of its author and its slice's code if the fusion reads that, is made by the
-    tables of the history's items, and o is what its attention returns. Keys start as queries do and
-    values as the items themselves, so that what is like the candidate counts from the start. The
-    history knows rooms by their codes only. Its tables' gradients are sparse.
+    tables of the history's items, and o is what its attention returns. The match
+    $m = \log \mathrm{mean}_t \exp \langle q, k_t \rangle$, a token of its own where codes are read,
+    tells how much of the history is like the candidate, which a mean weighted by softmax cannot.
+
+    Tables of codes start as the codewords, so that the match starts as one of what was shown;
+    authors and gaps start small. The history knows rooms by their codes only. Its tables' gradients
+    are sparse.
     """
 
-    def __init__(self, fusion: Fusion, config: ModelConfig, sizes: Sizes):
+    def __init__(
+        self, fusion: Fusion, config: ModelConfig, sizes: Sizes, codebooks: Sequence[Tensor] | None
+    ):
         super().__init__()
-        self.reads_slice = fusion.reads_slice
+        self.matching = fusion.reads_slice and config.match
+        self.slots = ["history", "match"] if self.matching else ["history"]
+        dim = config.width if codebooks is None else codebooks[0].shape[1]
         self.attention = CodeTargetAttention(
-            config.width, config.heads, levels=config.levels, prefix=config.history_prefix,
-            max_rows=config.max_rows, authors=sizes.authors, gap_buckets=sizes.gaps, sparse=True,
-            backend=config.backend,
+            dim, 1, levels=config.levels, prefix=config.history_prefix, head_dim=dim,
+            value_dim=config.width, max_rows=config.max_rows, authors=sizes.authors,
+            gap_buckets=sizes.gaps, sparse=True, backend=config.backend,
         )  # fmt: skip
         self.join = nn.Linear(2 * config.width, config.width)
-        with torch.no_grad():
-            self.attention.key.weight.copy_(self.attention.query.weight)
-            nn.init.eye_(self.attention.value.weight)
+        if self.matching:
+            self.matched = _two_layers(1, config.width)
+        self._start(config.likeness, codebooks)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the tokens [N, C, D]."""
-        codes = batch.slice_codes if self.reads_slice else torch.full_like(batch.slice_codes, -1)
+    @torch.no_grad()
+    def _start(self, likeness: float, codebooks: Sequence[Tensor] | None) -> None:
+        """Let x of length 1 match itself by 1 / likeness; tables and layers share the scale."""
+        attention, dim = self.attention, self.attention.dim
+        scale = (dim**0.5 / likeness) ** 0.25
+        for name in attention.rows:
+            nn.init.normal_(attention.table(name), std=scale * _LENGTHS.get(name, 0.5) / dim**0.5)
+        for level, book in enumerate(codebooks or ()):
+            attention.table(f"code_{level}").copy_(scale * book)
+        for layer in (attention.query, attention.key):
+            layer.weight.copy_(scale * torch.eye(dim))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the tokens [N, C, D] by slot."""
+        codes = batch.slice_codes if self.matching else torch.full_like(batch.slice_codes, -1)
         x = self.attention.embed(codes.flatten(0, 1), authors=batch.author.flatten())
         x = x.unflatten(0, batch.author.shape)
-        found = self.attention(
+        found, total = self.attention(
             x, batch.history_codes, batch.offsets, authors=batch.history_author,
-            gaps=batch.history_gap,
+            gaps=batch.history_gap, return_lse=True,
         )  # fmt: skip
-        return self.join(torch.cat([found, found * x], 2))
+        made = {"history": self.join(torch.cat([found, found * self.attention.value(x)], 2))}
+        if self.matching:
+            length = batch.offsets.diff()[:, None, None]
+            match = torch.where(length > 0, total - length.clamp(min=1).log(), 0)
+            made["match"] = self.matched(match)
+        return made
+
+
+def _two_layers(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))

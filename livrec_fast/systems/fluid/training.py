@@ -32,6 +32,7 @@ class Material(Protocol):
     sizes: Sizes
     mean: Tensor
     deviation: Tensor
+    codebooks: Sequence[Tensor] | None
 
     def steps(self, period: int) -> int:
         """Return how many batches a period has."""
@@ -146,7 +147,8 @@ def new_trainer(
     stage = row.stages[depth - 1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000 * seed + depth)
-        model = Ranker(stage.fusion, row.config(settings.model, stage), data.sizes, settings.train)
+        config = row.config(settings.model, stage)
+        model = Ranker(stage.fusion, config, data.sizes, settings.train, data.codebooks)
     model.dense.mean.copy_(data.mean)
     model.dense.deviation.copy_(data.deviation)
     trainer = Trainer(model, stage, settings.train, data, seed)
