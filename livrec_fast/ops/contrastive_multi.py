@@ -110,8 +110,8 @@ def in_batch_contrastive_multi(
     negatives are found once, and the anchor's gradient is added up in one buffer. What a term costs
     by itself remains: four products of B x B x D, to which a threshold adds half a one for all
     terms together, or two where the pairs are too many to be kept. Four terms execute, of the
-    instructions of four single losses (D 128, B 2,048): 0.99 without a threshold, which is hardly
-    less, 0.90 with one, and 0.75 with pairs found anew in both passes.
+    instructions of four single losses (D 128, counted at B 512): 0.97 without a threshold, which is
+    hardly less, 0.84 with one, and 0.75 with pairs found anew in both passes.
 
     Workspace: of the C++ kernel that of `in_batch_contrastive` for the anchor, and for each term
     4 D' B bytes for its keys, as much again in the gradient, and 512 D per thread; in the gradient
