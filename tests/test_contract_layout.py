@@ -52,11 +52,11 @@ def test_every_op_is_public_and_at_home(subject):
     files = [f"livrec_fast/ops/{stem}.py", f"livrec_fast/reference/{stem}.py"]
     files.append(f"tests/test_{stem}.py")
     backends = [backend.name for backend in subject.op.backends]
+    home = KERNELS_OF.get(stem, stem)
     if "native" in backends:
-        home = KERNELS_OF.get(stem, stem)
         files += [f"csrc/{home}.h", f"csrc/{home}_cpu.cpp"]
     if "triton" in backends:
-        files.append(f"kernels/{stem}.py")
+        files.append(f"kernels/{home}.py")
     if "cuda" in backends:
         files.append(f"csrc/{stem}_cuda.cu")
     missing = [file for file in files if not (ROOT / file).is_file()]

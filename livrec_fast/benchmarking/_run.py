@@ -125,8 +125,11 @@ def _first_run(run: Run, case: Case, device: str) -> tuple[Any, float | None, in
     held: list[Any] = []
     seconds: list[float] = []
 
+    def keep() -> None:
+        held[:] = [run()]
+
     def timed() -> None:
-        seconds.append(clock_of(device)(lambda: held.append(run())))
+        seconds.append(clock_of(device)(keep))
 
     extra = peak_extra_bytes(timed, device)
     return held[0], seconds[0], extra
