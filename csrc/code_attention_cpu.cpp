@@ -12,13 +12,14 @@ void scan(const CodeBlock& block, int64_t begin, int64_t end, float* sums) {
   const Terms<N, V, kFields, kExact, kParts> terms(block);
   typename Lanes<N>::V p[V], g[V];
   for (int64_t item = begin; item < end; ++item) {
-    terms.weigh(item, p);
+    const auto rows = terms.rows_of(item);
+    terms.weigh(item, rows, p);
     if (kParts == 2) {
-      terms.slope(item, g);
+      terms.slope(rows, g);
       for (int v = 0; v < V; ++v) g[v] *= p[v];
     }
     for (int64_t f = 0; f < terms.fields; ++f) {
-      float* row = sums + terms.at(f, item);
+      float* row = sums + rows[f];
       for (int v = 0; v < V; ++v) write<N>(row + v * N, read<N>(row + v * N) + p[v]);
       if (kParts == 1) continue;
       row += N * V;
@@ -129,7 +130,7 @@ struct Greatest {
     typename Lanes<N>::V p[V], most[V];
     for (int v = 0; v < V; ++v) most[v] = read<N>(peaks + v * N);
     for (int64_t item = begin; item < end; ++item) {
-      terms.combine(item, p);
+      terms.combine(item, terms.rows_of(item), p);
       for (int v = 0; v < V; ++v) most[v] = greater<N>(p[v], most[v]);
     }
     for (int v = 0; v < V; ++v) write<N>(peaks + v * N, most[v]);

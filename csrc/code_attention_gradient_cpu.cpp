@@ -16,8 +16,9 @@ void bias_slopes(const CodeBlock& block, int64_t begin, int64_t end, const float
   typename Lanes<N>::V p[V], g[V];
   float slopes[kWidth];
   for (int64_t item = begin; item < end; ++item) {
-    terms.weigh(item, p);
-    terms.slope(item, g);
+    const auto rows = terms.rows_of(item);
+    terms.weigh(item, rows, p);
+    terms.slope(rows, g);
     for (int v = 0; v < V; ++v)
       write<N>(slopes + v * N, p[v] * read<N>(inverse + v * N) * (g[v] - read<N>(mean + v * N)));
     float* to = out + item * block.bias_heads;

@@ -287,13 +287,12 @@ std::vector<Tensor> code_attention_gradient(const Tensor& grad, const Optional& 
                     "grad, out: must be [B, C, H, dv] of q's dtype");
   Optional lse_slopes;
   if (grad_lse) {
-    lse_slopes = torch::stable::contiguous(*grad_lse);
+    lse_slopes = contiguous_of(*grad_lse);
     STD_TORCH_CHECK(lse_slopes->numel() == call.users * call.candidates * call.heads &&
                         lse_slopes->scalar_type() == ScalarType::Float,
                     "grad_lse: must be float32 [B, C, H]");
   }
-  Gradient gradient(call, torch::stable::contiguous(grad), lse_slopes,
-                    torch::stable::contiguous(out));
+  Gradient gradient(call, contiguous_of(grad), lse_slopes, contiguous_of(out));
   return gradient.run();
 }
 

@@ -37,7 +37,7 @@ struct CodeCall {
     STD_TORCH_CHECK(
         q_given.dim() == 4 && !key_given.empty() && key_given.size() == value_given.size(),
         "q: must be [B, C, H, d], with a table of keys and one of values per field");
-    q = torch::stable::contiguous(q_given);
+    q = contiguous_of(q_given);
     users = q.size(0), candidates = q.size(1), heads = q.size(2), dim = q.size(3);
     value_dim = value_given[0].size(2);
     type = float_type(q.scalar_type(), "q");
@@ -49,8 +49,8 @@ struct CodeCall {
                           value.size(2) == value_dim && key.scalar_type() == q.scalar_type() &&
                           value.scalar_type() == q.scalar_type(),
                       "key_tables, value_tables: must be [N, H, d] and [N, H, dv] of q's dtype");
-      key_tables.push_back(torch::stable::contiguous(key));
-      value_tables.push_back(torch::stable::contiguous(value));
+      key_tables.push_back(contiguous_of(key));
+      value_tables.push_back(contiguous_of(value));
       keys.push_back(key_tables.back().const_data_ptr());
       values.push_back(value_tables.back().const_data_ptr());
       rows.push_back(key.size(0));
@@ -64,7 +64,7 @@ struct CodeCall {
     STD_TORCH_CHECK(offsets->histories == users, "offsets: must be [B + 1]");
     bias_heads = 0;
     if (bias_given) {
-      bias = torch::stable::contiguous(*bias_given);
+      bias = contiguous_of(*bias_given);
       bias_heads = bias->dim() == 2 ? heads : 1;
       STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float &&
                           bias->numel() == codes.items * bias_heads &&
@@ -187,10 +187,10 @@ class CodePass {
   void weigh_bias() {
     if (!bias_) return;
     const int64_t heads = call_.bias_heads, count = rows_.items * heads;
-    if (rows_.order) {
+    if (rows_.places) {
       float* ordered = ordered_.of(count);
       for (int64_t i = 0; i < rows_.items; ++i)
-        std::copy_n(bias_ + rows_.order[i] * heads, heads, ordered + i * heads);
+        std::copy_n(bias_ + i * heads, heads, ordered + rows_.places[i] * heads);
       bias_ = ordered;
     }
     shifts_.assign(static_cast<size_t>(heads), -INFINITY);

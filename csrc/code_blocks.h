@@ -42,28 +42,52 @@ LIVREC_INLINE void bias_heads_of(const CodeBlock& block, int32_t* heads) {
     heads[w] = block.bias_heads > 1 ? static_cast<int32_t>(head_of(block, w)) : 0;
 }
 
+// Where the rows of an item begin in tables, and in sums of their shape. They are found before any
+// sum is written, after which all that lies in memory would be read again. kFields: 0 where the
+// number is known at run time only.
+template <int kFields, int kSize>
+struct Places {
+  Places(const uint32_t* slots, int64_t items, int64_t item) {
+    for (int f = 0; f < kFields; ++f) at[f] = static_cast<int64_t>(slots[f * items + item]) * kSize;
+  }
+  int64_t operator[](int64_t field) const { return at[field]; }
+  int64_t at[kFields];
+};
+
+template <int kSize>
+struct Places<0, kSize> {
+  Places(const uint32_t* slots, int64_t count, int64_t item) : own(slots + item), items(count) {}
+  int64_t operator[](int64_t field) const {
+    return static_cast<int64_t>(own[field * items]) * kSize;
+  }
+  const uint32_t* own;
+  int64_t items;
+};
+
 // The terms of an item: products of its rows' exponentials, or, where exact, the exponential of
-// their sum less the peak. kFields: 0 where the number is known at run time only.
+// their sum less the peak.
 template <int N, int V, int kFields, bool kExact, int kParts>
 struct Terms {
   typedef typename Lanes<N>::V Vector;
   static constexpr int kWidth = N * V;
+  typedef Places<kFields, kParts * kWidth> Rows;
 
   explicit Terms(const CodeBlock& given)
-      : block(given), fields(kFields ? kFields : given.rows->fields), items(given.rows->items) {
+      : block(given),
+        tables(given.tables),
+        slots(given.rows->slots),
+        fields(kFields ? kFields : given.rows->fields),
+        items(given.rows->items) {
     bias_heads_of<kWidth>(block, heads);
   }
 
-  LIVREC_INLINE int64_t at(int64_t field, int64_t item) const {
-    return static_cast<int64_t>(block.rows->slots[field * items + item]) * (kParts * kWidth);
-  }
+  LIVREC_INLINE Rows rows_of(int64_t item) const { return Rows(slots, items, item); }
 
   // Logits where exact (without the peak), else terms.
-  LIVREC_INLINE void combine(int64_t item, Vector* p) const {
-    const float* row = block.tables + at(0, item);
-    for (int v = 0; v < V; ++v) p[v] = read<N>(row + v * N);
+  LIVREC_INLINE void combine(int64_t item, const Rows& rows, Vector* p) const {
+    for (int v = 0; v < V; ++v) p[v] = read<N>(tables + rows[0] + v * N);
     for (int64_t f = 1; f < fields; ++f) {
-      row = block.tables + at(f, item);
+      const float* row = tables + rows[f];
       for (int v = 0; v < V; ++v)
         p[v] = kExact ? p[v] + read<N>(row + v * N) : p[v] * read<N>(row + v * N);
     }
@@ -74,23 +98,24 @@ struct Terms {
       p[v] = kExact ? p[v] + read<N>(bias + v * N) : p[v] * read<N>(bias + v * N);
   }
 
-  LIVREC_INLINE void weigh(int64_t item, Vector* p) const {
-    combine(item, p);
+  LIVREC_INLINE void weigh(int64_t item, const Rows& rows, Vector* p) const {
+    combine(item, rows, p);
     if (!kExact) return;
     for (int v = 0; v < V; ++v) p[v] = exponential<N>(p[v] - read<N>(block.peaks + v * N));
   }
 
   // D: the gradient of the terms.
-  LIVREC_INLINE void slope(int64_t item, Vector* g) const {
-    const float* row = block.tables + at(0, item) + kWidth;
-    for (int v = 0; v < V; ++v) g[v] = read<N>(row + v * N);
+  LIVREC_INLINE void slope(const Rows& rows, Vector* g) const {
+    for (int v = 0; v < V; ++v) g[v] = read<N>(tables + rows[0] + kWidth + v * N);
     for (int64_t f = 1; f < fields; ++f) {
-      row = block.tables + at(f, item) + kWidth;
+      const float* row = tables + rows[f] + kWidth;
       for (int v = 0; v < V; ++v) g[v] += read<N>(row + v * N);
     }
   }
 
   const CodeBlock& block;
+  const float* tables;
+  const uint32_t* slots;
   const int64_t fields, items;
   int32_t heads[kWidth];
 };

@@ -30,8 +30,14 @@ struct CodeRows {
   const int64_t* ends;      // [fields + 1]: where a field's rows begin in `distinct`
   int64_t slot_count;
   int64_t key;               // field of the runs, or -1: items lie as in the history
-  const uint32_t* order;     // [items]: where the items of the runs lie in the history, or null
+  const uint32_t* places;    // [items]: where an item of the history lies in the runs, or null
   const uint32_t* run_ends;  // for each row of the key field
 };
+
+// Numbers of codes: each code plus 1, `past` for those that would have a higher one. counts
+// [past + 1] grow by the items of each.
+LIVREC_DECLARE(void, code_numbers,
+               (const void* codes, CodeType type, int64_t stride, int64_t items, uint32_t past,
+                uint32_t* numbers, uint32_t* counts))
 
 }  // namespace livrec

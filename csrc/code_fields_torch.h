@@ -15,47 +15,18 @@ struct CodeField {
   const void* from;  // what lies below the numbers by 1, as codes of `type`
   CodeType type;
   int64_t stride;
-  uint64_t past;                      // numbers from here on are out of range; they count as it
+  uint32_t past;                      // numbers from here on are out of range; they count as it
   std::vector<int64_t> names;         // rows by number, where they are not the numbers less 1
   std::vector<uint32_t> counts;       // of items, by number
   std::vector<uint32_t> next;         // the slot whose turn it is, by number
-  std::vector<uint32_t> first, last;  // slots, where any number has several
-  bool turns;
+  std::vector<uint32_t> first, last;  // slots, where turns are taken
+  bool turns;                         // whether any number has several
+  bool in_order;  // slots follow each other as the numbers do, those of no item too
+  uint32_t base;  // the slot of number 0, then
 
   int64_t row_of(int64_t number) const {
     return names.empty() ? number - 1 : names[static_cast<size_t>(number)];
   }
-
-  // Calls visit with a function that gives the number of an item.
-  template <typename Visit>
-  void with_numbers(const Visit& visit) const {
-    switch (type) {
-      case CodeType::u8:
-        return visit(Numbers<uint8_t>{from, stride, past});
-      case CodeType::i8:
-        return visit(Numbers<int8_t>{from, stride, past});
-      case CodeType::i16:
-        return visit(Numbers<int16_t>{from, stride, past});
-      case CodeType::i32:
-        return visit(Numbers<int32_t>{from, stride, past});
-      default:
-        return visit(Numbers<int64_t>{from, stride, past});
-    }
-  }
-
- private:
-  template <typename Code>
-  struct Numbers {
-    Numbers(const void* data, int64_t step, uint64_t bound)
-        : codes(static_cast<const Code*>(data)), stride(step), past(bound) {}
-    size_t operator()(int64_t item) const {
-      const auto number = static_cast<uint64_t>(static_cast<int64_t>(codes[item * stride])) + 1;
-      return number < past ? number : past;
-    }
-    const Code* codes;
-    int64_t stride;
-    uint64_t past;
-  };
 };
 
 // Finds the rows of one history after the other; memory stays for the next.
@@ -66,19 +37,18 @@ class HistoryRows {
   void read(const Codes& codes, int64_t begin, int64_t end, bool in_runs, FirstBad& first_bad) {
     items_ = end - begin, slot_count_ = 0;
     fields_.resize(static_cast<size_t>(codes.level_count));
-    slots_.resize(fields_.size() * static_cast<size_t>(items_));
+    numbers_.resize(fields_.size() * static_cast<size_t>(items_));
     distinct_.clear();
     ends_.assign(1, 0);
     bool found = false;
-    for (int64_t f = 0; f < codes.level_count; ++f) {
+    for (int64_t f = 0; f < codes.level_count; ++f)
       if (is_direct(codes, f)) {
         read_direct(codes, f, begin);
       } else {
         if (!found) find_rows(codes, begin, first_bad), found = true;
         read_found(codes.levels[f], f);
       }
-      count(field(f), begin, first_bad);
-    }
+    count(begin, first_bad);
     key_ = in_runs ? key_field() : -1;
     for (int64_t f = 0; f < codes.level_count; ++f) {
       number(field(f), f == key_);
@@ -86,30 +56,35 @@ class HistoryRows {
     }
     if (key_ >= 0) sort(field(key_));
     for (int64_t f = 0; f < codes.level_count; ++f)
-      if (f != key_) place(field(f), slots_.data() + f * items_);
+      if (f != key_) place(field(f), numbers_of(f), slots_of(f));
   }
 
   CodeRows rows() const {
     const bool in_runs = key_ >= 0;
     return {items_,
             static_cast<int64_t>(fields_.size()),
-            slots_.data(),
+            in_runs ? sorted_.data() : numbers_.data(),
             distinct_.data(),
             ends_.data(),
             slot_count_,
             key_,
-            in_runs ? order_.data() : nullptr,
+            in_runs ? places_.data() : nullptr,
             in_runs ? run_ends_.data() : nullptr};
   }
   int64_t distinct() const { return static_cast<int64_t>(distinct_.size()); }
 
  private:
-  static constexpr int64_t kRun = 4;  // items that a row must have to be worth a run
+  static constexpr int64_t kRun = 4;      // items that a row must have to be worth a run
+  static constexpr int64_t kBlock = 512;  // items whose codes stay near while they are read
 
   CodeField& field(int64_t f) { return fields_[static_cast<size_t>(f)]; }
+  uint32_t* numbers_of(int64_t f) { return numbers_.data() + f * items_; }
+  uint32_t* slots_of(int64_t f) { return (key_ < 0 ? numbers_ : sorted_).data() + f * items_; }
 
   // Rows few enough to count in an array.
-  bool is_small(uint64_t rows) const { return rows < static_cast<uint64_t>(8 * items_ + 4096); }
+  bool is_small(uint64_t rows) const {
+    return rows < static_cast<uint64_t>(std::min<int64_t>(8 * items_ + 4096, 1 << 30));
+  }
 
   // Whether a field's codes are its rows, as they lie.
   bool is_direct(const Codes& codes, int64_t f) const {
@@ -124,12 +99,12 @@ class HistoryRows {
     const int64_t at = begin * codes.row_stride + f * codes.column_stride;
     own.from = static_cast<const char*>(codes.data) + at * code_bytes(codes.type);
     own.type = codes.type, own.stride = codes.row_stride;
-    own.past = static_cast<uint64_t>(codes.levels[f].size) + 1;
+    own.past = static_cast<uint32_t>(codes.levels[f].size) + 1;
     own.names.clear();
   }
 
   void find_rows(const Codes& codes, int64_t begin, FirstBad& first_bad) {
-    found_.resize(slots_.size());
+    found_.resize(numbers_.size());
     const int64_t fields = codes.level_count;
     std::vector<int64_t> block(static_cast<size_t>(fields * kPrefixBlock));
     for (int64_t at = 0; at < items_; at += kPrefixBlock) {
@@ -147,7 +122,7 @@ class HistoryRows {
     own.from = rows, own.type = CodeType::i64, own.stride = 1;
     own.names.clear();
     if (is_small(level.rows)) {
-      own.past = level.rows + 1;
+      own.past = static_cast<uint32_t>(level.rows) + 1;
       return;
     }
     // Too many rows for an array: theirs are numbered as they come, through a table of hashes.
@@ -164,22 +139,29 @@ class HistoryRows {
       }
       rows[i] = table_[place].second - 1;
     }
-    own.past = own.names.size();
+    own.past = static_cast<uint32_t>(own.names.size());
   }
 
-  // Counts the items of each number; where any is out of range, the field's are all unknown.
-  void count(CodeField& own, int64_t begin, FirstBad& first_bad) const {
-    own.counts.assign(static_cast<size_t>(own.past) + 1, 0);
-    own.with_numbers([&](const auto& number_of) {
-      uint32_t* counts = own.counts.data();
-      for (int64_t i = 0; i < items_; ++i) ++counts[number_of(i)];
-      if (counts[own.past] == 0) return;
-      int64_t bad = 0;
-      while (number_of(bad) != own.past) ++bad;
-      first_bad.note(begin + bad);
+  // Numbers the items and counts those of each number; where any is out of range, the field's are
+  // all unknown.
+  void count(int64_t begin, FirstBad& first_bad) {
+    for (CodeField& own : fields_) own.counts.assign(static_cast<size_t>(own.past) + 1, 0);
+    for (int64_t at = 0; at < items_; at += kBlock)
+      for (int64_t f = 0; f < static_cast<int64_t>(fields_.size()); ++f) {
+        CodeField& own = field(f);
+        const int64_t first = at * own.stride * code_bytes(own.type);
+        LIVREC_CALL(code_numbers, static_cast<const char*>(own.from) + first, own.type, own.stride,
+                    std::min(kBlock, items_ - at), own.past, numbers_of(f) + at, own.counts.data());
+      }
+    for (int64_t f = 0; f < static_cast<int64_t>(fields_.size()); ++f) {
+      CodeField& own = field(f);
+      if (own.counts[own.past] == 0) continue;
+      uint32_t* numbers = numbers_of(f);
+      first_bad.note(begin + (std::find(numbers, numbers + items_, own.past) - numbers));
+      std::fill_n(numbers, items_, 0);
       own.past = 0;
       own.counts.assign(1, static_cast<uint32_t>(items_));
-    });
+    }
   }
 
   // The field of the most rows, which its items name often enough; -1: there is none.
@@ -193,30 +175,36 @@ class HistoryRows {
   }
 
   // Gives each number that occurs its slots.
-  void number(CodeField& own, bool once) {
+  void number(CodeField& own, bool is_key) {
     const size_t numbers = own.counts.size();
+    uint32_t most = 0;
+    size_t some = 0;
+    for (const uint32_t items : own.counts) most = std::max(most, items), some += items != 0;
+    own.turns = !is_key && most > kSlotTurns;
+    own.in_order = !is_key && !own.turns && 2 * some >= numbers;
     own.next.resize(numbers);
-    own.turns = false;
+    own.base = static_cast<uint32_t>(slot_count_);
     for (size_t n = 0; n < numbers; ++n) {
       const uint32_t items = own.counts[n];
       if (items == 0) continue;
-      const uint32_t copies = once ? 1 : (items + kSlotTurns - 1) / kSlotTurns;
-      own.next[n] = static_cast<uint32_t>(slot_count_);
-      own.turns |= copies > 1;
+      const uint32_t copies = own.turns ? (items + kSlotTurns - 1) / kSlotTurns : 1;
+      own.next[n] = static_cast<uint32_t>(own.in_order ? own.base + n : slot_count_);
       distinct_.push_back({own.row_of(static_cast<int64_t>(n)), own.next[n], copies});
       slot_count_ += copies;
     }
+    if (own.in_order) slot_count_ = own.base + static_cast<int64_t>(numbers);
     if (!own.turns) return;
     own.first = own.last = own.next;
     for (size_t n = 0; n < numbers; ++n)
       own.last[n] += (own.counts[n] + kSlotTurns - 1) / kSlotTurns - 1;
   }
 
-  // Finds the runs of a field and the order that they make; gives their items the field's slots.
+  // Finds the runs of a field and where they put the items, which get the field's slots.
   void sort(CodeField& own) {
-    order_.resize(static_cast<size_t>(items_));
+    places_.resize(static_cast<size_t>(items_));
+    sorted_.resize(numbers_.size());
     run_ends_.clear();
-    uint32_t* slots = slots_.data() + key_ * items_;
+    uint32_t* slots = slots_of(key_);
     uint32_t begin = 0;
     for (size_t n = 0; n < own.counts.size(); ++n) {
       const uint32_t items = own.counts[n];
@@ -225,39 +213,43 @@ class HistoryRows {
       own.next[n] = begin;
       run_ends_.push_back(begin += items);
     }
-    own.with_numbers([&](const auto& number_of) {
-      uint32_t *next = own.next.data(), *order = order_.data();
-      for (int64_t i = 0; i < items_; ++i) order[next[number_of(i)]++] = static_cast<uint32_t>(i);
-    });
+    uint32_t *next = own.next.data(), *places = places_.data();
+    const uint32_t* numbers = numbers_of(key_);
+    for (int64_t i = 0; i < items_; ++i) places[i] = next[numbers[i]]++;
   }
 
-  // Gives each item its slot of a field.
-  void place(CodeField& own, uint32_t* slots) const {
-    own.with_numbers([&](const auto& number_of) {
-      if (key_ < 0) return place(own, slots, number_of);
-      const uint32_t* order = order_.data();
-      place(own, slots, [&](int64_t i) { return number_of(order[i]); });
-    });
-  }
-
-  template <typename NumberOf>
-  void place(CodeField& own, uint32_t* slots, const NumberOf& number_of) const {
-    uint32_t* next = own.next.data();
-    if (!own.turns) {
-      for (int64_t i = 0; i < items_; ++i) slots[i] = next[number_of(i)];
-      return;
+  // Gives each item its slot of a field, where the item has been put.
+  void place(CodeField& own, const uint32_t* numbers, uint32_t* slots) {
+    if (own.in_order) {
+      const uint32_t base = own.base;
+      place(slots, [&](int64_t i) { return base + numbers[i]; });
+    } else if (own.turns) {
+      uint32_t* next = own.next.data();
+      const uint32_t *first = own.first.data(), *last = own.last.data();
+      place(slots, [&](int64_t i) {
+        const uint32_t n = numbers[i], slot = next[n];
+        next[n] = slot == last[n] ? first[n] : slot + 1;
+        return slot;
+      });
+    } else {
+      const uint32_t* next = own.next.data();
+      place(slots, [&](int64_t i) { return next[numbers[i]]; });
     }
-    const uint32_t *first = own.first.data(), *last = own.last.data();
-    for (int64_t i = 0; i < items_; ++i) {
-      const size_t n = number_of(i);
-      const uint32_t slot = slots[i] = next[n];
-      next[n] = slot == last[n] ? first[n] : slot + 1;
+  }
+
+  template <typename SlotOf>
+  void place(uint32_t* slots, const SlotOf& slot_of) const {
+    if (key_ < 0) {
+      for (int64_t i = 0; i < items_; ++i) slots[i] = slot_of(i);
+    } else {
+      const uint32_t* places = places_.data();
+      for (int64_t i = 0; i < items_; ++i) slots[places[i]] = slot_of(i);
     }
   }
 
   int64_t items_ = 0, slot_count_ = 0, key_ = -1;
   std::vector<CodeField> fields_;
-  std::vector<uint32_t> slots_, order_, run_ends_;
+  std::vector<uint32_t> numbers_, sorted_, places_, run_ends_;
   std::vector<CodeRow> distinct_;
   std::vector<int64_t> ends_, found_;
   std::vector<std::pair<int64_t, int64_t>> table_;

@@ -19,7 +19,7 @@ inline Float float_type(const Tensor& x) {
 // Checks rows [M, D] and gives them unit stride along D.
 inline Tensor rows_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x: must be [M, D] with D > 0");
-  return x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  return x.stride(1) == 1 ? x : contiguous_of(x);
 }
 
 // A codebook as float32, repacked, and the memory that holds it.
@@ -34,7 +34,7 @@ struct PackedCodebook {
         codebook{} {
     codebook.codewords = codewords.const_data_ptr<float>();
     if (penalty_given != nullptr) {
-      penalty = torch::stable::contiguous(*penalty_given);
+      penalty = contiguous_of(*penalty_given);
       codebook.penalty = penalty.const_data_ptr<float>();
     }
     codebook.size = codewords.size(0);
@@ -46,7 +46,7 @@ struct PackedCodebook {
   static Tensor checked(const Tensor& given, int64_t dim) {
     STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == dim && given.size(0) > 0,
                     "codebook: must be [N, D] with N > 0 and the D of x");
-    return torch::stable::contiguous(torch::stable::to(given, ScalarType::Float));
+    return contiguous_of(torch::stable::to(given, ScalarType::Float));
   }
 };
 

@@ -27,7 +27,7 @@ std::vector<Tensor> in_batch_contrastive_backward(
                           group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,
                           extra_keys, precision});
   check_kept({&called}, grads, outputs);
-  if (called.keeps_pairs) called.use_pairs(torch::stable::contiguous(outputs[2]));
+  if (called.keeps_pairs) called.use_pairs(contiguous_of(outputs[2]));
   ContrastiveNeeds asked(needs);
   const bool of_query = asked.next(), of_key = asked.next(), of_temperature = asked.next();
   asked.next(query_ids), asked.next(key_ids), asked.next(group_ids);
@@ -36,8 +36,8 @@ std::vector<Tensor> in_batch_contrastive_backward(
   const bool of_extra_keys = asked.next(extra_keys);
   asked.end();
   Optional grad;
-  if (grads[0]) grad = torch::stable::contiguous(*grads[0]);
-  const Tensor lse = torch::stable::contiguous(outputs[1]);
+  if (grads[0]) grad = contiguous_of(*grads[0]);
+  const Tensor lse = contiguous_of(outputs[1]);
   ContrastiveGradient gradient(called, grad ? grad->const_data_ptr<float>() : nullptr,
                                lse.const_data_ptr<double>(),
                                {of_query, of_key, of_temperature, of_log_q, of_extra_keys});

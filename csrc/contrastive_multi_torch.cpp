@@ -11,7 +11,7 @@ class Terms {
         bool symmetric, const Optional& query_ids, const Optional& key_ids,
         std::optional<double> threshold, bool keep_pairs, const Optional& valid,
         const Text& precision)
-      : keys_(torch::stable::contiguous(keys)) {
+      : keys_(contiguous_of(keys)) {
     const int64_t count = keys.dim() == 3 ? keys.size(0) : 0, batch = anchor.size(0);
     STD_TORCH_CHECK(
         count > 0 && temperatures.dim() == 1 && temperatures.size(0) == count &&
@@ -19,7 +19,7 @@ class Terms {
             (!valid || (valid->dim() == 2 && valid->size(0) == count && valid->size(1) == batch &&
                         valid->scalar_type() == ScalarType::Bool)),
         "keys: must be [T, B, D], T at least 1, and temperatures, key_ids and valid of T terms");
-    if (valid) any_of(torch::stable::contiguous(*valid), count, batch);
+    if (valid) any_of(contiguous_of(*valid), count, batch);
     const Optional none;
     const Text standard = "standard";
     for (int64_t t = 0; t < count; ++t) {
@@ -128,14 +128,14 @@ std::vector<Tensor> in_batch_contrastive_multi_backward(
   const Terms terms(anchor, keys, temperatures, normalize, symmetric, query_ids, key_ids, threshold,
                     keep_pairs, valid, precision);
   check_kept(terms.calls, grads, outputs);
-  if (terms.first().keeps_pairs) terms.first().use_pairs(torch::stable::contiguous(outputs[2]));
+  if (terms.first().keeps_pairs) terms.first().use_pairs(contiguous_of(outputs[2]));
   ContrastiveNeeds asked(needs);
   const bool of_anchor = asked.next(), of_keys = asked.next(), of_temperatures = asked.next();
   asked.next(query_ids), asked.next(key_ids), asked.next(valid);
   asked.end();
   Optional grad;
-  if (grads[0]) grad = torch::stable::contiguous(*grads[0]);
-  const Tensor lse = torch::stable::contiguous(outputs[1]);
+  if (grads[0]) grad = contiguous_of(*grads[0]);
+  const Tensor lse = contiguous_of(outputs[1]);
   const MultiGradient gradient(terms, grad ? grad->const_data_ptr<float>() : nullptr,
                                lse.const_data_ptr<double>(),
                                {of_anchor, of_keys || of_temperatures, false, false, false});

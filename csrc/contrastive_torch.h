@@ -128,8 +128,8 @@ class ContrastiveCall {
   explicit ContrastiveCall(const ContrastiveArguments& given,
                            const ContrastiveCall* shared = nullptr,
                            const bool* query_valid = nullptr)
-      : query(torch::stable::contiguous(given.query)),
-        key(torch::stable::contiguous(given.key)),
+      : query(contiguous_of(given.query)),
+        key(contiguous_of(given.key)),
         type(float_type(query.scalar_type(), "query")),
         normalize(given.normalize),
         symmetric(given.symmetric),
@@ -148,9 +148,9 @@ class ContrastiveCall {
         positives(static_cast<size_t>(batch)),
         shared_(shared) {
     check(given);
-    if (given.extra_keys) extra_keys = torch::stable::contiguous(*given.extra_keys);
-    if (given.valid) valid = torch::stable::contiguous(*given.valid);
-    if (given.log_q) log_q = torch::stable::contiguous(*given.log_q);
+    if (given.extra_keys) extra_keys = contiguous_of(*given.extra_keys);
+    if (given.valid) valid = contiguous_of(*given.valid);
+    if (given.log_q) log_q = contiguous_of(*given.log_q);
     call.dim = dim, call.stride = stride;
     call.per_temperature = static_cast<float>(1.0 / temperature);
     if (call.per_temperature > 1.0 / temperature)
@@ -319,7 +319,7 @@ class ContrastiveCall {
     const auto number = [&](const Optional& ids, std::vector<int32_t>& held,
                             const int32_t*& of_rows, const int32_t*& of_columns) {
       if (!ids) return;
-      held = ranks_of(torch::stable::contiguous(*ids), padded_columns);
+      held = ranks_of(contiguous_of(*ids), padded_columns);
       of_rows = of_columns = held.data();
     };
     if (!shared_) number(given.query_ids, query_ids_, call.row_query_ids, call.query_ids);
@@ -397,8 +397,7 @@ class ContrastiveCall {
 
   // Units in float32, whatever the dtype, the precision and whether `normalize`.
   void make_similar(const ContrastiveArguments& given) {
-    const Tensor vectors =
-        given.pair_vectors ? torch::stable::contiguous(*given.pair_vectors) : query;
+    const Tensor vectors = given.pair_vectors ? contiguous_of(*given.pair_vectors) : query;
     const int64_t count = vectors.size(0);
     call.threshold = static_cast<float>(*given.threshold);
     call.similar = {units_of(0), count, nullptr, nullptr}, call.finds_similar = true;

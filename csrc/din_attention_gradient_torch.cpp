@@ -68,7 +68,7 @@ class Gradient {
   Gradient(const DinBackCall& call, const Tensor& grad)
       : call_(call),
         sums_(call),
-        grad_(torch::stable::contiguous(grad)),
+        grad_(contiguous_of(grad)),
         grad_q(zeros_like(call.q)),
         grad_k(zeros_like(call.k)),
         grad_v(call.has_values ? zeros_like(call.v) : grad_k),

@@ -23,7 +23,7 @@ struct DinMatrix {
   DinMatrix(int64_t r, int64_t c) : rows(r), columns(c), data(static_cast<size_t>(r * c)) {}
   explicit DinMatrix(const Tensor& given)
       : DinMatrix(given.size(0), given.dim() == 2 ? given.size(1) : 1) {
-    const Tensor held = torch::stable::contiguous(given);
+    const Tensor held = contiguous_of(given);
     LIVREC_CALL(din_widen, held.const_data_ptr(), table_type(held.scalar_type()), rows, columns,
                 columns, data.data());
   }
@@ -99,10 +99,10 @@ class DinCall {
   DinCall(const Tensor& q_given, const Tensor& k_given, const Optional& v_given,
           const Tensor& offsets_given, const DinParts& parts, bool softmax_given,
           const Optional& q_offsets_given)
-      : q(torch::stable::contiguous(q_given)),
-        k(torch::stable::contiguous(k_given)),
+      : q(contiguous_of(q_given)),
+        k(contiguous_of(k_given)),
         has_values(v_given.has_value()),
-        v(has_values ? torch::stable::contiguous(*v_given) : k),
+        v(has_values ? contiguous_of(*v_given) : k),
         offsets(offsets_given, k.size(0)),
         type(float_type(q.scalar_type(), "q")),
         shape(LIVREC_CALL(din_shape)),

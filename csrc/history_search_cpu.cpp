@@ -83,7 +83,7 @@ struct FromCodes {
     const Terms<N, V, kFields, true, 1> terms(block);
     typename Lanes<N>::V sums[V];
     for (int64_t item = begin; item < end; ++item) {
-      terms.combine(item, sums);
+      terms.combine(item, terms.rows_of(item), sums);
       for (int v = 0; v < V; ++v) write<N>(scores + (item - begin) * (N * V) + v * N, sums[v]);
     }
   }

@@ -12,7 +12,7 @@ constexpr int64_t kLeastChunk = 4096;  // items that are worth a task of their o
 
 // Whether all numbers of a tensor are finite.
 bool all_finite(const Tensor& given) {
-  const Tensor x = torch::stable::contiguous(given);
+  const Tensor x = contiguous_of(given);
   std::atomic<bool> odd{false};
   const bool wide = x.scalar_type() == ScalarType::Float;
   const void* data = x.const_data_ptr();
@@ -40,7 +40,7 @@ struct Search {
 
   Search(const Tensor& query_given, const Tensor& offsets_given, int64_t items, int64_t count,
          SearchMasks given_masks)
-      : query(torch::stable::contiguous(query_given)),
+      : query(contiguous_of(query_given)),
         scores(empty_cpu({query.size(0), query.size(1), count}, ScalarType::Float)),
         positions(empty_cpu({query.size(0), query.size(1), count}, ScalarType::Long)),
         offsets(offsets_given, items),
@@ -264,9 +264,8 @@ Found history_search(const Tensor& query, const Tensor& keys_given, const Tensor
                       keys_given.size(1) == query.size(2) &&
                       keys_given.scalar_type() == query.scalar_type(),
                   "keys: must be [T, D] of query's dtype, query [B, C, D]");
-  const Tensor keys = keys_given.size(1) == 1 || keys_given.stride(1) == 1
-                          ? keys_given
-                          : torch::stable::contiguous(keys_given);
+  const Tensor keys =
+      keys_given.size(1) == 1 || keys_given.stride(1) == 1 ? keys_given : contiguous_of(keys_given);
   const int64_t items = keys.size(0), asked = query.size(0) * query.size(1);
   Search search(query, offsets, items, k,
                 SearchMasks(item_ids, query_ids, item_bits, required_bits, item_times, since, until,
@@ -294,7 +293,7 @@ Found history_search_codes(const Tensor& query, const Tensor& codes_given,
     STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == query.size(2) &&
                         table.scalar_type() == query.scalar_type(),
                     "tables: must be [N, D] of query's dtype");
-    held.push_back(torch::stable::contiguous(table));
+    held.push_back(contiguous_of(table));
     tables.push_back(held.back().const_data_ptr());
     rows.push_back(table.size(0));
     STD_TORCH_CHECK(all_finite(held.back()), "tables: must be finite");

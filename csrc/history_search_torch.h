@@ -14,7 +14,7 @@ class Column {
  public:
   explicit Column(const Optional& given, int64_t items) {
     if (!given) return;
-    held_ = torch::stable::contiguous(*given);
+    held_ = contiguous_of(*given);
     STD_TORCH_CHECK(held_->dim() == 1 && held_->size(0) == items,
                     "item_ids, item_bits, item_times: must be [T]");
     data_ = held_->const_data_ptr();
@@ -47,7 +47,7 @@ class Asked {
  public:
   Asked(const Optional& given, int64_t count) {
     if (!given) return;
-    held_ = torch::stable::contiguous(*given);
+    held_ = contiguous_of(*given);
     STD_TORCH_CHECK(held_->numel() == count && held_->scalar_type() == ScalarType::Long,
                     "query_ids, required_bits, since, until: must be int64 [B, C]");
     data_ = held_->const_data_ptr<int64_t>();

@@ -58,7 +58,7 @@ void gather_sums(const KMeansStep& job, int64_t rows, double* sums) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_step(
     const Tensor& x_given, const Tensor& codebook, const std::optional<Tensor>& weights_given,
     const std::optional<Tensor>& penalty, const Tensor& quanta_given) {
-  const Tensor x = rows_of(x_given), quanta = torch::stable::contiguous(quanta_given);
+  const Tensor x = rows_of(x_given), quanta = contiguous_of(quanta_given);
   const int64_t rows = x.size(0), dim = x.size(1), size = codebook.size(0);
   STD_TORCH_CHECK(quanta.dim() == 1 && quanta.size(0) == 3, "quanta: must be [3]");
   STD_TORCH_CHECK(!weights_given || (weights_given->dim() == 1 && weights_given->size(0) == rows),
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_step(
   Tensor weights;
   KMeansStep job{};
   if (weights_given) {
-    weights = torch::stable::contiguous(*weights_given);
+    weights = contiguous_of(*weights_given);
     job.weights = weights.const_data_ptr<float>();
   }
   Tensor codes = empty_cpu({rows}, ScalarType::Int), error = empty_cpu({rows}, ScalarType::Float);

@@ -164,7 +164,7 @@ Tensor majority_vote(const Tensor& codes, const Tensor& offsets_given,
   STD_TORCH_CHECK(offsets_given.dim() == 1 && offsets_given.size(0) > 0 &&
                       offsets_given.scalar_type() == ScalarType::Long,
                   "offsets: must be int64 [B + 1]");
-  const Tensor offsets = torch::stable::contiguous(offsets_given);
+  const Tensor offsets = contiguous_of(offsets_given);
   const int64_t histories = offsets.size(0) - 1;
   check_offsets(offsets.const_data_ptr<int64_t>(), histories, codes.size(0));
   const bool narrow = *most <= 32767;

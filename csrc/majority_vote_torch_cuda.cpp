@@ -30,8 +30,8 @@ Tensor majority_vote(const Tensor& codes_given, const Tensor& offsets_given,
                       offsets_given.device() == codes_given.device(),
                   "offsets: must be int64 [B + 1] on the device of codes");
   const torch::stable::accelerator::DeviceGuard guard(codes_given.get_device_index());
-  const Tensor codes = torch::stable::contiguous(codes_given);
-  const Tensor offsets = torch::stable::contiguous(offsets_given);
+  const Tensor codes = contiguous_of(codes_given);
+  const Tensor offsets = contiguous_of(offsets_given);
   const int64_t histories = offsets.size(0) - 1;
   const bool narrow = *std::max_element(levels.begin(), levels.end()) <= 32767;
   Tensor voted =

@@ -14,7 +14,7 @@ Tensor prefix_ngram_lookup(const Tensor& codes_given, const std::vector<Tensor>&
   std::vector<int64_t> rows, dims;
   for (const Tensor& table : tables) {
     STD_TORCH_CHECK(table.dim() == 2, "tables: each must be [H, d]");
-    held.push_back(table.stride(1) == 1 ? table : torch::stable::contiguous(table));
+    held.push_back(table.stride(1) == 1 ? table : contiguous_of(table));
     rows.push_back(table.size(0)), dims.push_back(table.size(1));
   }
   Levels all(sizes, rows, dims, groups, mode == "sum", hashing);
@@ -28,7 +28,7 @@ Tensor prefix_ngram_lookup(const Tensor& codes_given, const std::vector<Tensor>&
     STD_TORCH_CHECK(
         scales.size() == tables.size() && scales[l].dim() == 1 && scales[l].size(0) == rows[l],
         "scales: must be one per row of each int8 table");
-    held.push_back(torch::stable::contiguous(scales[l]));
+    held.push_back(contiguous_of(scales[l]));
     all.levels[l].scales = held.back().const_data_ptr<float>();
   }
   const Tensor codes = readable(codes_given, packed, sizes);

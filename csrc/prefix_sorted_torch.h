@@ -109,9 +109,8 @@ class UpstreamGradient {
                    const std::optional<Text>& pool, bool packed)
       : levels_(levels),
         codes_(readable(codes, packed, sizes)),
-        grad_(grad.dim() != 2 || grad.size(1) == 1 || grad.stride(1) == 1
-                  ? grad
-                  : torch::stable::contiguous(grad)),
+        grad_(grad.dim() != 2 || grad.size(1) == 1 || grad.stride(1) == 1 ? grad
+                                                                          : contiguous_of(grad)),
         offsets_(offsets, codes_.size(0)),
         history_(histories_of(offsets_, codes_.size(0))),
         packed_(packed) {

@@ -137,7 +137,7 @@ struct Offsets {
     STD_TORCH_CHECK(
         given->dim() == 1 && given->size(0) > 0 && given->scalar_type() == ScalarType::Long, name,
         ": must be int64 [B + 1]");
-    held = torch::stable::contiguous(*given);
+    held = contiguous_of(*given);
     data = held.const_data_ptr<int64_t>();
     histories = held.size(0) - 1;
     STD_TORCH_CHECK(
@@ -159,7 +159,7 @@ inline Tensor readable(const Tensor& codes, bool packed, const std::vector<int64
   for (const int64_t size : sizes) bits += bits_of(size);
   STD_TORCH_CHECK(codes.dim() == 2 && codes.size(1) == (bits + 7) / 8,
                   "codes: packed rows must have ", (bits + 7) / 8, " bytes");
-  return codes.size(1) == 1 || codes.stride(1) == 1 ? codes : torch::stable::contiguous(codes);
+  return codes.size(1) == 1 || codes.stride(1) == 1 ? codes : contiguous_of(codes);
 }
 
 }  // namespace livrec

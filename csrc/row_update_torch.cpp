@@ -18,8 +18,8 @@ void check_rows(const int64_t* rows, int64_t count, int64_t height) {
 
 void row_update(const Tensor& table, const std::optional<Tensor>& state, const Tensor& rows_given,
                 const Tensor& sums_given, const Text& rule, double lr, double eps, int64_t seed) {
-  const Tensor rows = torch::stable::contiguous(rows_given);
-  const Tensor sums = torch::stable::contiguous(sums_given);
+  const Tensor rows = contiguous_of(rows_given);
+  const Tensor sums = contiguous_of(sums_given);
   const int64_t count = rows.numel();
   STD_TORCH_CHECK(table.dim() == 2 && rows.dim() == 1 && rows.scalar_type() == ScalarType::Long &&
                       sums.dim() == 2 && sums.size(0) == count && sums.size(1) == table.size(1) &&

@@ -21,16 +21,16 @@ class Gradient {
   Gradient(const AttentionCall& call, const Tensor& grad, const Optional& grad_lse,
            const std::vector<Tensor>& outputs, const Wanted& wanted)
       : call_(call),
-        grad_(torch::stable::contiguous(grad)),
-        out_(torch::stable::contiguous(outputs[0])),
-        lse_(torch::stable::contiguous(outputs[1])),
-        rest_(torch::stable::contiguous(outputs[2])),
+        grad_(contiguous_of(grad)),
+        out_(contiguous_of(outputs[0])),
+        lse_(contiguous_of(outputs[1])),
+        rest_(contiguous_of(outputs[2])),
         softmax_(call.activation == Activation::softmax),
         slopes_(3 * call.columns * 4),
         dq_(call.columns * call.padded * 4),
         sums_(call.columns * 4),
         keys_(softmax_ ? call.columns * call.padded * 4 : 0) {
-    if (grad_lse) grad_lse_ = torch::stable::contiguous(*grad_lse);
+    if (grad_lse) grad_lse_ = contiguous_of(*grad_lse);
     const auto type = call.q.scalar_type();
     grad_q = empty_cpu(call.q.sizes(), type);
     if (wanted.k) grad_k = empty_cpu(call.k.sizes(), type);

@@ -50,9 +50,9 @@ class AttentionCall {
     const bool jagged = q_offsets_given.has_value();
     shared = k_given.dim() == 2;
     STD_TORCH_CHECK(q_given.dim() == (jagged ? 3 : 4), "q: must be [B, C, H, d], or [Q, H, d]");
-    q = torch::stable::contiguous(q_given);
-    k = torch::stable::contiguous(k_given);
-    v = shared ? k : torch::stable::contiguous(v_given);
+    q = contiguous_of(q_given);
+    k = contiguous_of(k_given);
+    v = shared ? k : contiguous_of(v_given);
     type = float_type(q.scalar_type(), "q");
     heads = q.size(-2), dim = q.size(-1), items = k.size(0);
     groups = shared ? 1 : heads;
@@ -78,7 +78,7 @@ class AttentionCall {
     }
     bias_heads = 0;
     if (bias_given) {
-      bias = torch::stable::contiguous(*bias_given);
+      bias = contiguous_of(*bias_given);
       bias_heads = bias->dim() == 2 ? heads : 1;
       STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->size(0) == items &&
                           (bias->dim() == 1 || (bias->dim() == 2 && bias->size(1) == heads)),
