@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -127,10 +128,11 @@ def register_gradient(
     backend: str,
     inputs: str,
     backward: Callable[..., list[Tensor]] | None,
-) -> None:
+) -> type[torch.autograd.Function]:
     """Define `livrec::<name>_backward.<backend>` as the gradient of `livrec::<name>.<backend>`.
 
     inputs: the op's argument list as its schema writes it. backward: None where C++ has it.
+    Returns the same for eager calls: `.apply(args with slots for tensors, *tensors)`.
     """
     qualified = f"{name}_backward.{backend}"
     library.define(
@@ -150,10 +152,9 @@ def register_gradient(
         given = zip(tensors_of(args), needs, strict=True)
         return [tensor.new_empty(tensor.shape) for tensor, need in given if need]
 
-    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def differentiate(ctx: Any, grads: Sequence[Tensor | None], needs: Any) -> list[Tensor | None]:
         tensors = iter(ctx.saved_tensors)
         args = with_tensors(ctx.args, tensors)
-        needs = _per_tensor(ctx.args, ctx.needs_input_grad)
         operator = getattr(getattr(torch.ops.livrec, f"{name}_backward"), backend)
         results = list(tensors)
         with torch.no_grad():
@@ -161,23 +162,50 @@ def register_gradient(
         if torch.is_grad_enabled():  # somebody means to differentiate the gradient
             found = _Once.apply(name, len(found), *found, *tensors_of([*grads, *args]))
         found = iter(found)
-        filled = with_tensors(ctx.args, [next(found) if need else None for need in needs])
+        return [next(found) if need else None for need in needs]
+
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        found = differentiate(ctx, grads, _per_tensor(ctx.args, ctx.needs_input_grad))
         return tuple(  # torch takes an empty list for one of tensors, and wants it back
             grad if tensors_of([arg]) else [] if isinstance(arg, list) and not arg else None
-            for arg, grad in zip(ctx.args, filled, strict=True)
+            for arg, grad in zip(ctx.args, with_tensors(ctx.args, found), strict=True)
         )
+
+    class Recorded(torch.autograd.Function):
+        """What torch makes of the two below for any arguments, without its search for tensors."""
+
+        @staticmethod
+        def forward(ctx: Any, args: Sequence[Any], *tensors: Tensor) -> Any:
+            operator = getattr(getattr(torch.ops.livrec, name), backend)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*with_tensors(args, tensors))
+            _keep(ctx, args, tensors, output)
+            return tuple(output) if isinstance(output, list) else output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return (None, *differentiate(ctx, grads, list(ctx.needs_input_grad[1:])))
 
     torch.library.register_fake(f"livrec::{qualified}", fake, lib=library)
     torch.library.register_autograd(
         f"livrec::{name}.{backend}", gradient, setup_context=_save, lib=library
     )
+    return Recorded
+
+
+def slots_of(args: Sequence[Any]) -> list[Any]:
+    """Return `args` with a slot for each tensor."""
+    return with_tensors(args, repeat(_Slot()))
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    given = tensors_of(inputs)
+    _keep(ctx, slots_of(inputs), tensors_of(inputs), output)
+
+
+def _keep(ctx: Any, args: Sequence[Any], tensors: Sequence[Tensor], output: Any) -> None:
     ctx.set_materialize_grads(False)  # an output that nobody used has none, however large it is
-    ctx.save_for_backward(*given, *([output] if isinstance(output, Tensor) else output))
-    ctx.args = with_tensors(inputs, [_Slot()] * len(given))
+    ctx.save_for_backward(*tensors, *([output] if isinstance(output, Tensor) else output))
+    ctx.args = args
 
 
 def _per_tensor(args: Sequence[Any], per_argument: Sequence[Any]) -> list[bool]:

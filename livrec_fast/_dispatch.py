@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._autograd import plain_torch, recompute_backward, register_gradient, tensors_of
+from ._autograd import plain_torch, recompute_backward, register_gradient, slots_of, tensors_of
 from ._checks import autocast_is_on
 
 _LIBRARY = torch.library.Library("livrec", "FRAGMENT")
@@ -81,6 +81,7 @@ class Op:
         self.schema = torch._C.parse_schema(f"{name}{schema}")
         self.mutates = [a.name for a in self.schema.arguments if a.is_write]
         self.lower = [argument.name in autocast for argument in self.schema.arguments]
+        self.recorded: dict[str, type[torch.autograd.Function]] = {}
 
         def run_reference(*args: Any) -> Any:
             check_values(*args)
@@ -98,7 +99,8 @@ class Op:
             torch.library.register_fake(f"livrec::{qualified}", fake, lib=_LIBRARY)
             if differentiable:
                 backward = recompute if backend.backward == "reference" else backend.backward
-                register_gradient(_LIBRARY, name, backend.name, inputs, backward)
+                recorded = register_gradient(_LIBRARY, name, backend.name, inputs, backward)
+                self.recorded[backend.name] = recorded
         OPS[name] = self
 
     def operator(self, backend: str) -> Any:
@@ -116,14 +118,23 @@ class Op:
         if instead is not None:
             return instead(self, args)
         args = tuple(self._cast(args))
-        operator = self.operator(self.choose(args, backend))
+        chosen = self.choose(args, backend)
         if compiling:
-            return operator(*args)
+            return self.operator(chosen)(*args)
         try:
-            return operator(*args)
+            return self._run(chosen, args)
         except RuntimeError:
             self.check_values(*args)  # a kernel stops in few words: this names the culprit
             raise
+
+    def _run(self, chosen: str, args: Sequence[Any]) -> Any:
+        """Run eagerly. torch would find out in Python what is to be recorded, if anything is."""
+        if chosen not in self.recorded:
+            return self.operator(chosen)(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.recorded[chosen].apply(slots_of(args), *tensors_of(args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.operator(chosen)(*args)
 
     def choose(self, args: Sequence[Any], backend: str) -> str:
         """Return the name of the backend that a call takes, or raise BackendError."""
@@ -142,8 +153,7 @@ class Op:
         return chosen
 
     def _cast(self, args: Sequence[Any]) -> Sequence[Any]:
-        device = tensors_of(args)[0].device.type
-        if not any(self.lower) or not autocast_is_on(device):
+        if not any(self.lower) or not autocast_is_on(device := tensors_of(args)[0].device.type):
             return args
         dtype = torch.get_autocast_dtype(device)
 
