@@ -36,7 +36,7 @@ class Noted:
 
 
 def quickest(device: str, ways: Mapping[str, Run]) -> str:
-    """Return the note of the quickest of `ways`, each timed once after a first run."""
+    """Return the note of the quickest of `ways`, each timed once, after a run at the least."""
     clock = clock_of(device)
     times = {}
     for note, run in ways.items() if len(ways) > 1 else ():
