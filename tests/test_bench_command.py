@@ -80,7 +80,9 @@ def test_command_prints_json(tmp_path):
 def test_command_fails_where_a_peer_disagrees(tmp_path):
     folder = toy(tmp_path / "b", off=1.0)
     result = invoke("--benches", folder, "--out", tmp_path / "out", "--quick", "--budget", 0.01)
-    assert result.exit_code == 1 and "double, toy, float32, forward: rival disagrees" in result.output
+    assert (
+        result.exit_code == 1 and "double, toy, float32, forward: rival disagrees" in result.output
+    )
     (path,) = (tmp_path / "out").iterdir()
     rows = {row["contestant"]: row for row in read(path)["rows"]}
     assert rows["rival"]["reason"].startswith("disagrees: ") and "p50_ms" not in rows["rival"]
