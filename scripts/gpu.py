@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "site"
 LOGS = ROOT / "out" / "gpu"
-SHARES = {"wheels": 1, "build": 4, "info": 1, "memory": 2, "kernels": 5, "bench": 9, "tests": 3}
+SHARES = {"wheels": 1, "build": 8, "info": 1, "memory": 2, "kernels": 5, "bench": 9, "tests": 3}
 ON_GPU = "(triton or cuda or gpu) and not interpreter and not gates"  # of tests, by name
 TIMED = 0.8  # of a benchmark's time, after which no case is begun
 

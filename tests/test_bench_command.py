@@ -178,6 +178,17 @@ def test_summary_takes_the_size_where_another_comes_nearest():
     assert lines == ["| `o` | M 99, float32 | 10 | rival 2.5 | 5.00 | 9.0 | 1.0, 1.0 |"]
 
 
+def test_cases_timed_otherwise_are_named():
+    report = load_report()
+    old, older = "7f6f4bbfaa", "b687bd7007"
+    rows = [
+        {"op": op, "commit": at, "p50_ms": 1} for op, at in (("b", old), ("a", older), ("c", "x"))
+    ]
+    pages, first = report.earlier([*rows, {"op": "d", "commit": older, "reason": "absent"}])
+    assert pages.endswith("cases of: `a`") and first.endswith("cases of: `a`, `b`")
+    assert not list(report.earlier(rows[2:]))
+
+
 def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):
     start = time.process_time()  # a busy machine stretches the wall's time
     result = invoke(

@@ -45,9 +45,9 @@ def test_every_bench_is_a_step_of_its_own_between_the_tests(gpu, tmp_path, monke
 
 def test_time_is_shared_and_what_is_left_goes_on(gpu):
     names = ["build", "kernels", "bench a", "bench b", "tests"]
-    limits = dict(zip(names, gpu.limits(names, 2_100), strict=True))
-    assert limits == {"build": 400, "kernels": 500, "bench a": 450, "bench b": 450, "tests": 300}
-    assert gpu.limits(names[1:], 2_090)[0] > limits["kernels"]
+    limits = dict(zip(names, gpu.limits(names, 2_500), strict=True))
+    assert limits == {"build": 800, "kernels": 500, "bench a": 450, "bench b": 450, "tests": 300}
+    assert gpu.limits(names[1:], 2_490)[0] > limits["kernels"]
     assert gpu.limits(["tests"], 60) == [60]
 
 
