@@ -51,7 +51,7 @@ bench: native  ## time the ops against their peers; writes benches/results/<devi
 	$(RUN) livrec_fast bench $(ARGS)
 	$(PY) benches/report.py
 
-gpu:  ## on a GPU machine: build, test and time everything (WHEELS=folder: with the wheels in it)
+gpu:  ## on a GPU machine: build, test and time all, 25 minutes at most (WHEELS=folder: with its wheels)
 	@$(if $(CUDA),,echo "$(PYTHON) has no CUDA torch (2.11 or later) to use" && exit 1;) \
 	$(PYTHON) scripts/gpu.py $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)
 

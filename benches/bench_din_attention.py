@@ -1,4 +1,4 @@
-"""DIN attention: DIN's unit over searched histories, against the pairs written out and compiled."""
+"""DIN attention: DIN's unit over searched histories, against the pairs written out, and FuxiCTR."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import livrec_fast
 from livrec_fast.benchmarking import Case, Contestant, Options, ours
 
-from . import peers
+from . import peers, peers_din
 from .agreement import Close
 
 UNITS = {"sigmoid": (80, 40), "relu": (64, 16), "dice": (64,)}  # as published, and as libraries do
@@ -20,35 +20,36 @@ Inputs = dict[str, Any]
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Yield the cases, each as a forward pass and with gradients; kernels are for CPUs."""
-    if options.device != "cpu":
-        return
+    """Yield the cases, each as a forward pass and with gradients."""
     for training in (False, True):
         make = partial(case, options=options, training=training)
         if options.quick:
             yield make("sigmoid", 8, 100, 8, 16)
             continue
-        for candidates in (1, 8, 32, 128):
-            yield make("sigmoid", 16, 300, candidates, 32)
-        yield make("sigmoid", 1, 300, 128, 32)
-        yield make("sigmoid", 64, 50, 8, 32)
-        yield make("relu", 16, 300, 8, 64)
-        yield make("dice", 16, 300, 8, 32)
+        for items in (50, 200):
+            for candidates in (1, 8, 32):
+                yield make("sigmoid", 16, items, candidates, 32)
+        yield make("sigmoid", 1, 200, 128, 32)
+        yield make("sigmoid", 16, 200, 128, 32)
+        yield make("relu", 16, 200, 8, 64)
+        yield make("dice", 16, 200, 8, 32)
 
 
-def draw(kind: str, users: int, items: int, candidates: int, dim: int, training: bool) -> Inputs:
+def draw(
+    kind: str, users: int, items: int, candidates: int, dim: int, training: bool, device: str
+) -> Inputs:
     """Draw candidates, items and a unit; logits vary by about 1."""
     generator = torch.Generator().manual_seed(4)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device)
 
     widths = [4 * dim, *UNITS[kind], 1]
     pairs = zip(widths[:-1], widths[1:], strict=True)
     inputs = {
         "q": normal(users, candidates, dim),
         "k": normal(users * items, dim),
-        "offsets": torch.arange(users + 1) * items,
+        "offsets": torch.arange(users + 1, device=device) * items,
         "weights": [normal(*pair) * (2 / pair[0]) ** 0.5 for pair in pairs],
         "biases": [normal(width) / 4 for width in widths[1:]],
         "activation": kind,
@@ -74,7 +75,7 @@ def case(
         label=f"{unit} {kind}, d {dim}, B {users}, T {items}, C {candidates}",
         sizes={**shape, "units": list(UNITS[kind]), "activation": kind},
         dtype=torch.float32,
-        make=partial(draw, kind, users, items, candidates, dim, training),
+        make=partial(draw, kind, users, items, candidates, dim, training, options.device),
         agree=Close(_formula, rounding=4e-6),  # sums over all pairs round by their number
         contestants=[
             *ours(function, options),
@@ -82,11 +83,12 @@ def case(
             written("pairs", of_pairs),
             written("first layer in parts", of_parts),
             *([] if options.quick else compiled()),
+            *peers_din.contestants(kind, UNITS[kind], dim, gradients, options),
         ],
         bytes=4 * floats * (2 if training else 1),
         flops=2 * users * candidates * items * products * (3 if training else 1),
         direction="forward+backward" if training else "forward",
-        long=users * candidates * (3 if training else 1) > 1000,
+        long=users * candidates * items * (3 if training else 1) > 2**20,
     )
 
 

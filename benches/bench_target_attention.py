@@ -12,7 +12,7 @@ from torch import Tensor
 import livrec_fast
 from livrec_fast.benchmarking import Case, Options, ours
 
-from . import peers, peers_target_attention
+from . import peers, peers_attention_gpu, peers_target_attention
 from .agreement import Close
 from .bench_code_attention import real_histories, streams
 
@@ -43,6 +43,10 @@ def cases(options: Options) -> Iterator[Case]:
             yield make("alike", USERS, ITEMS, candidates, dtype=torch.bfloat16)
         yield make("alike", 64, 500, 8)
         yield make("alike", USERS, ITEMS // 4, 8, dim=64)
+        if options.device == "cuda":  # varlen_attn and ffpa-attn take 16 bits alone
+            yield make("alike", USERS, ITEMS // 4, 8, dtype=torch.bfloat16, dim=64)
+            yield make("jagged", USERS, ITEMS, 8, dtype=torch.bfloat16)
+            yield make("alike", USERS, ITEMS // 16, 8, dtype=torch.bfloat16, dim=256)
         yield make("jagged", USERS, ITEMS, 8)
         if streams():
             yield make("real", USERS, 0, 8)
@@ -78,6 +82,7 @@ def case(
 
     function = gradients if training else livrec_fast.target_attention
     agree = Close(partial(formula, function))
+    rough = partial(agree, times=8)
     size = 2 if dtype == torch.bfloat16 else 4
     length = {"alike": f"T {items:,}", "jagged": f"T 0 to {items:,}", "real": "T real"}[kind]
     return Case(
@@ -90,7 +95,8 @@ def case(
         contestants=[
             *ours(function, options),
             peers.eager(partial(function, backend="reference")),
-            *peers_target_attention.contestants(options, training, partial(agree, times=8)),
+            *peers_target_attention.contestants(options, training, rough),
+            *peers_attention_gpu.contestants(options, dtype, dim, rough),
         ],
         # keys and values are read once, and with gradients once more and theirs are written
         bytes=2 * size * HEADS * dim * total * (3 if training else 1),

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 import livrec_fast
-from livrec_fast.benchmarking import Case, Contestant, Options, ours
+from livrec_fast.benchmarking import Case, Options, ours
 
-from . import peers, peers_target_attention
+from . import peers, peers_features
 from .agreement import Close
 from .bench_code_attention import streams
 from .bench_target_attention import draw_offsets
-from .peers import Inputs, Noted, Run
+from .peers import Inputs
+from .peers_features import LEAVES
 
 HEADS, DIM, FEATURES, USERS, ITEMS = 4, 16, 64, 16, 10_000
-_LEAVES = ("q", "x", "w_k", "w_v")
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -29,8 +29,9 @@ def cases(options: Options) -> Iterator[Case]:
         if options.quick:
             yield make("jagged", USERS // 2, ITEMS // 10, 8)
             continue
-        for candidates in (1, 8, 32):
-            yield make("alike", USERS, ITEMS, candidates)
+        for items in (ITEMS // 5, ITEMS):
+            for candidates in (1, 8, 32):
+                yield make("alike", USERS, items, candidates)
         yield make("jagged", USERS, ITEMS, 8)
         if streams():
             yield make("real", USERS, 0, 8)
@@ -71,7 +72,7 @@ def case(
         contestants=[
             *ours(function, options),
             peers.eager(partial(function, backend="reference")),
-            Contestant("products + SDPA", partial(products, options)),
+            *peers_features.contestants(options),
         ],
         bytes=4 * FEATURES * total * (3 if training else 1),
         flops=4 * total * candidates * HEADS * FEATURES * (7 if training else 2) // 2,
@@ -82,7 +83,7 @@ def case(
 
 def gradients(*, grad: Tensor, offsets: Tensor, backend: str, **given: Tensor) -> list[Tensor]:
     """Return the gradients of queries, features and weights."""
-    leaves = [given[name].detach().requires_grad_() for name in _LEAVES]
+    leaves = [given[name].detach().requires_grad_() for name in LEAVES]
     out = livrec_fast.target_attention_features(*leaves, offsets, backend=backend)
     return list(torch.autograd.grad(out, leaves, grad))
 
@@ -91,25 +92,3 @@ def formula(function: Any, inputs: Inputs) -> list[Tensor]:
     """Compute the output or the gradients by the reference."""
     found = function(**inputs, backend="reference")
     return [found] if isinstance(found, Tensor) else found
-
-
-def products(options: Options, inputs: Inputs) -> Run:
-    """Prepare keys and values as two matrix products, then the quickest of torch's attentions."""
-    heads = {name: torch.einsum("tD,Dhd->thd", inputs["x"], inputs[f"w_{name}"]) for name in "kv"}
-    given = {name: inputs[name] for name in ("q", "offsets", "grad") if name in inputs}
-    chosen = peers_target_attention.sdpa(options)({**given, **heads})
-    assert isinstance(chosen, Noted)
-    attention, layout = chosen.note.split(", ")
-    training = "grad" in inputs
-    leaves = [inputs[name].detach().clone().requires_grad_(training) for name in _LEAVES]
-    lengths = inputs["offsets"].diff()
-    held = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-
-    def attend() -> Any:
-        q, x, w_k, w_v = leaves
-        k, v = ((x @ w.flatten(1)).unflatten(1, w.shape[1:]) for w in (w_k, w_v))
-        laid = peers_target_attention.laid_out_again(layout, q, k, v, lengths, held)
-        out = peers_target_attention.attend(laid)
-        return list(torch.autograd.grad(out, leaves, inputs["grad"])) if training else out
-
-    return Noted(peers_target_attention.with_backend(attention.upper(), attend), chosen.note)

@@ -36,7 +36,7 @@ class Noted:
 
 
 def quickest(device: str, ways: Mapping[str, Run]) -> str:
-    """Return the note of the quickest of `ways`, each timed once after a first run."""
+    """Return the note of the quickest of `ways`, each timed once, after a run at the least."""
     clock = clock_of(device)
     times = {}
     for note, run in ways.items() if len(ways) > 1 else ():
@@ -147,7 +147,8 @@ def compiled_in_blocks(
 def fresh(formula: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a function, so that what torch.compile keeps of it is not shared with other cases."""
     code = formula.__code__.replace(co_name=f"{formula.__name__}_{next(_NUMBERS)}")
-    copy = FunctionType(code, formula.__globals__, formula.__name__, formula.__defaults__)
+    given = formula.__globals__, formula.__name__, formula.__defaults__, formula.__closure__
+    copy = FunctionType(code, *given)
     copy.__kwdefaults__ = formula.__kwdefaults__
     return copy
 

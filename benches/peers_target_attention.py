@@ -7,7 +7,7 @@ are quickest is found by trial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -60,38 +60,14 @@ def laid_out(layout: str, inputs: Inputs) -> Laid:
         leaves = [x.requires_grad_(training) for x in batched]
         k, v = (x.transpose(1, 2) for x in leaves)
         return Laid(
-            q,
-            k,
-            v,
-            None,
-            [q, *leaves],
+            q, k, v, None, [q, *leaves],
             lambda found: [found[0], *(x.flatten(0, 1) for x in found[1:])],
-        )
+        )  # fmt: skip
     leaves = [x.transpose(1, 2).contiguous().requires_grad_(training) for x in batched]
     return Laid(
         q, *leaves, None, [q, *leaves],
         lambda found: [found[0], *(x.transpose(1, 2).flatten(0, 1) for x in found[1:])],
     )  # fmt: skip
-
-
-def laid_out_again(
-    layout: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, held: Tensor
-) -> Laid:
-    """Bring keys and values that were just made into a layout, inside the clock."""
-    if layout == BY_USER:
-        k_parts, v_parts = (x.transpose(0, 1).split(lengths.tolist(), 1) for x in (k, v))
-        return Laid(q, k_parts, v_parts, None, [], lambda found: found)
-    if layout == PADDED:
-        k, v = (
-            x.new_zeros(*held.shape, *x.shape[1:]).masked_scatter(held[..., None, None], x)
-            for x in (k, v)
-        )
-        pair = (x.transpose(1, 2) for x in (k, v))
-        return Laid(q, *pair, held[:, None, None], [], lambda found: found)
-    pair = (x.unflatten(0, (len(q), -1)).transpose(1, 2) for x in (k, v))
-    if layout == HEADS_FIRST:
-        pair = (x.contiguous() for x in pair)
-    return Laid(q, *pair, None, [], lambda found: found)
 
 
 def attend(laid: Laid) -> Tensor:
@@ -129,20 +105,27 @@ def sdpa(options: Options) -> Callable[[Inputs], Run]:
 
     def prepare(inputs: Inputs) -> Run:
         alike = len(set(inputs["offsets"].diff().tolist())) == 1
-        clock, times = clock_of(options.device), {}
-        for layout in (HEADS_LAST, HEADS_FIRST) if alike else (PADDED, BY_USER):
-            for name in _ATTENTIONS[options.device]:
-                run = with_backend(name, running(layout, inputs))
-                try:
-                    run()
-                except RuntimeError:  # this attention takes no such inputs here
-                    continue
-                times[f"{name.lower()}, {layout}"] = min(clock(run) for _ in range(3)), name, layout
-        note = min(times, key=lambda note: times[note][0])
-        _, name, layout = times[note]
-        return Noted(with_backend(name, running(layout, inputs)), note)
+        layouts = (HEADS_LAST, HEADS_FIRST) if alike else (PADDED, BY_USER)
+        ways = {layout: running(layout, inputs) for layout in layouts}
+        name, layout, note = quickest_attention(options, ways)
+        return Noted(with_backend(name, ways[layout]), note)
 
     return prepare
+
+
+def quickest_attention(options: Options, ways: Mapping[str, Run]) -> tuple[str, str, str]:
+    """Return the attention of torch's and the layout that are quickest, and both in words."""
+    clock, times = clock_of(options.device), {}
+    for layout, way in ways.items():
+        for name in _ATTENTIONS[options.device]:
+            run = with_backend(name, way)
+            try:
+                run()
+            except RuntimeError:  # this attention takes no such inputs here
+                continue
+            times[name, layout] = min(clock(run) for _ in range(3))
+    name, layout = min(times, key=times.__getitem__)
+    return name, layout, f"{name.lower()}, {layout}"
 
 
 def with_backend(name: str, run: Run) -> Run:

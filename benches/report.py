@@ -32,11 +32,21 @@ In brackets: what a contestant chose by trial (the size of its blocks of rows, t
 of a fit the mean squared error that it ended at, all computed alike in float64.
 
 While contestants take turns, memory that one frees stays with the process, so that page faults of
-large results are not timed. "As the system gives it" are the ratios of medians without that: torch
-leaves memory to the C library, which returns large blocks to the system, so that who allocates more
-pays for more page faults in every step. ResidualKMeans.fit, kmeans_step, majority_vote and
-residual_kmeans_encode were timed before that was so: there every contestant paid its own.
+large results are not timed. "As the system gives memory" are the ratios of medians without that:
+torch leaves memory to the C library, which returns large blocks to the system, so that who
+allocates more pays for more page faults in every step.
+
+On a CPU each timed run follows one of its own, unless it takes more than 0.1 s. Cases whose runs
+take seconds have few: the one that was held to agree, and more only of who is quick; they have no
+second ratio. Cases timed otherwise, before that was so, are named below their table.
 """
+_KEEPING = ("108dd6adf0", "b687bd7007")  # commits before freed memory stayed with the process
+EARLIER = {
+    "each contestant pays for its own page faults": _KEEPING,
+    "a timed run follows another contestant's": (
+        *_KEEPING, "c4f2072c8e", "7f6f4bbfaa", "cf3c11a789", "11d516c4b6",
+    ),
+}  # fmt: skip
 COLUMNS = ("op", "case", "contestant", "p50 ms (p20 to p80)", "of floor", "GB/s", "TFLOP/s",
            "extra MB", "time, ours = 1", "as the system gives memory")  # fmt: skip
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -90,7 +100,7 @@ def section(machine: dict[str, Any], rows: Sequence[Row]) -> str:
         for case, members in cases.items():
             lines += [f"| {cells} |" for cells in table_lines(op, case, members, machine)]
     reasons = sorted({f"{row['contestant']}: {row['reason']}" for row in rows if "reason" in row})
-    lines += ["", *(f"- absent: {reason}" for reason in reasons)]
+    lines += ["", *(f"- absent: {reason}" for reason in reasons), *earlier(rows)]
     lines += [
         "- of floor: above 100% where a kernel outruns the library that measured the rate",
         "",
@@ -123,7 +133,15 @@ def summary(machine: dict[str, Any], rows: Sequence[Row]) -> str:
             key = json.dumps([op, best["dtype"], best["direction"], shape or case])
             line = summary_line(op, case, best, rival, others)
             nearest[key] = min(nearest.get(key, (ratio, line)), (ratio, line))
-    return "\n".join([*lines, *(line for _, line in nearest.values()), ""])
+    return "\n".join([*lines, *(line for _, line in nearest.values()), "", *earlier(rows)])
+
+
+def earlier(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line per way in which cases were once timed, with the ops that have such cases."""
+    for way, commits in EARLIER.items():
+        timed = (row for row in rows if "p50_ms" in row and row["commit"] in commits)
+        if ops := sorted({row["op"] for row in timed}):
+            yield f"- {way} in cases of: {', '.join(f'`{op}`' for op in ops)}"
 
 
 def fresh_ratio(row: Row, best: Row | None) -> str:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from .benchmarking import Disagreement, Machine, Options, Row, find_cases, run_case
+from .benchmarking import (
+    DISAGREES,
+    Case,
+    Disagreement,
+    Machine,
+    Options,
+    Row,
+    find_cases,
+    run_case,
+)
 from .benchmarking._results import add, case_of, floor_ms, milliseconds, remarks
 
 _HERE = Path(__file__).resolve().parents[1] / "benches"
@@ -35,6 +46,7 @@ _HERE = Path(__file__).resolve().parents[1] / "benches"
 )
 @click.option("--all-isa", is_flag=True, help="Time the lower instruction-set levels, too.")
 @click.option("--budget", type=float, help="Seconds of timing per case (10; quick: 0.3).")
+@click.option("--minutes", type=float, help="Begin no case later; the cases are spread over all.")
 @click.option("--benches", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="Folder of bench_<stem>.py files (default: the checkout's).")  # fmt: skip
 def command(
@@ -46,11 +58,14 @@ def command(
     device: str | None,
     all_isa: bool,
     budget: float | None,
+    minutes: float | None,
     benches: Path | None,
 ) -> None:
     """Time the ops against their peers, after asserting that all agree with the reference.
 
-    Results go to benches/results/<device>.json, those of --quick to out/bench/results/.
+    Results go to benches/results/<device>.json, those of --quick to out/bench/results/, case by
+    case. A case that fails stops no other, and a peer that disagrees is not timed; the exit status
+    is then 1.
     """
     folder = _benches_folder(benches)
     device = _usable_device(device)
@@ -65,18 +80,51 @@ def command(
         )
     out = out or folder.parent / ("out/bench/results" if quick else "benches/results")
     console = Console(stderr=True)
+    chosen = {"budget": budget or (0.3 if quick else 10.0), "memory": not quick}
+    rows, failed = _run_all(cases, machine, out, console, minutes, chosen)
+    if rows:
+        click.echo(json.dumps(rows, indent=1)) if as_json else show(rows, machine, Console())
+        path = out / f"{machine.slug}.json"
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    if failed:
+        raise click.ClickException("\n".join(failed))
+
+
+def _run_all(
+    cases: list[Case], machine: Machine, out: Path, console: Console, minutes: float | None,
+    chosen: dict[str, Any],
+) -> tuple[list[Row], list[str]]:  # fmt: skip
+    """Run the cases and write down each; return all rows, and what failed or disagrees."""
     rows: list[Row] = []
-    try:
-        for case in cases:
-            console.print(f"{case.title} ...", style="dim", highlight=False)
-            rows += run_case(
-                case, machine, budget=budget or (0.3 if quick else 10.0), memory=not quick
-            )
-            path = add(out, machine, rows)
-    except Disagreement as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(json.dumps(rows, indent=1)) if as_json else show(rows, machine, Console())
-    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    failed: list[str] = []
+    end = float("inf")
+    if minutes is not None:
+        cases, end = spread(cases), time.monotonic() + 60 * minutes
+    while cases and time.monotonic() < end:
+        case = cases.pop(0)  # what it has kept, to be compared with, goes with it
+        console.print(f"{case.title} ...", style="dim", highlight=False)
+        try:
+            found = run_case(case, machine, **chosen)
+        except Disagreement as error:
+            failed.append(str(error))
+        except Exception as error:
+            console.print_exception()
+            failed.append(f"{case.title}: {type(error).__name__}: {error}")
+        else:
+            rows += found
+            add(out, machine, found)
+            wrong = (row for row in found if row.get("reason", "").startswith(DISAGREES))
+            failed += [f"{case.title}: {row['contestant']} {row['reason']}" for row in wrong]
+    if cases:
+        console.print(f"out of time; cases left out: {len(cases)}", style="yellow")
+    return rows, failed
+
+
+def spread(cases: Sequence[Case]) -> list[Case]:
+    """Order cases so that the first few, however many, lie all over: by their numbers' bits."""
+    bits = max(1, (len(cases) - 1).bit_length())
+    turned = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
+    return [cases[number] for number in turned if number < len(cases)]
 
 
 def _benches_folder(given: Path | None) -> Path:

@@ -1,6 +1,7 @@
-"""Runs the Triton kernels once each on small rows of every path: for compute-sanitizer.
+"""Runs the GPU kernels on small inputs, first each once, then every path: for compute-sanitizer.
 
-Rows too long for registers come first: their kernel keeps them in scratch memory of its own.
+Of vectors to be coded, those too long for registers come first: their kernel keeps them in scratch
+memory of its own.
 """
 
 import torch
@@ -19,6 +20,20 @@ ATTENTION = (
 )
 
 
+def each_once() -> None:
+    """Run the GPU kernels of every other op, and their gradients, on its typical inputs."""
+    for name, subject in subjects().items():
+        if name in ATTENTION:
+            continue
+        inputs = inputs_for(subject.oracle, "typical", device="cuda")
+        for kernel, reason in subject.op.reasons(*subject.arguments(inputs)).items():
+            if kernel in ("cuda", "triton") and reason is None:
+                check_forward(subject, kernel, inputs)
+                if subject.op.differentiable:
+                    check_gradients(subject, kernel, inputs)
+                print(f"{name}, {kernel}: right", flush=True)
+
+
 def attend() -> None:
     """Attend, differentiate it, and search, in every corner of the contract."""
     for name in ATTENTION:
@@ -34,6 +49,7 @@ def attend() -> None:
 
 def main() -> None:
     """Run and hold the results to the contract."""
+    each_once()
     for dim in (200, 129, 128, 100, 64, 20):
         for dtype in (torch.float32, torch.bfloat16):
             generator = torch.Generator().manual_seed(dim)

@@ -82,12 +82,22 @@ def test_rounds_stop_at_the_budget_but_not_before_the_least():
 
 def test_disagreement_stops_before_anything_is_timed():
     right, wrong = Counting(2), Counting(3)
+    for kind in ("ours", "reference"):
+        right.runs = wrong.runs = 0
+        case = a_case(contestant("rival", right), contestant("native", wrong, kind))
+        with pytest.raises(
+            Disagreement, match="increment, one, float32, forward: native is wrong: 3 is not 2"
+        ):
+            run_case(case, Machine(), budget=0.0)
+        assert (right.runs, wrong.runs) == (1, 1)
+
+
+def test_a_peer_that_disagrees_says_so_and_is_not_timed():
+    right, wrong = Counting(2), Counting(3)
     case = a_case(contestant("native", right, "ours"), contestant("rival", wrong))
-    with pytest.raises(
-        Disagreement, match="increment, one, float32, forward: rival is wrong: 3 is not 2"
-    ):
-        run_case(case, Machine(), budget=0.0)
-    assert (right.runs, wrong.runs) == (1, 1)
+    ours, rival = run_case(case, Machine(), budget=0.0, memory=False)
+    assert ours["p50_ms"] > 0 and right.runs > 5 and wrong.runs == 1
+    assert rival["reason"] == "disagrees: 3 is not 2" and "p50_ms" not in rival
 
 
 def test_who_cannot_take_part_says_why():

@@ -77,10 +77,41 @@ def test_command_prints_json(tmp_path):
     assert [r["contestant"] for r in json.loads(result.stdout)][0] == "native"
 
 
-def test_command_fails_on_disagreement(tmp_path):
-    result = invoke("--benches", toy(tmp_path / "b", off=1.0), "--out", tmp_path / "out", "--quick")
-    assert result.exit_code == 1 and "rival is wrong" in result.output
+def test_command_fails_where_a_peer_disagrees(tmp_path):
+    folder = toy(tmp_path / "b", off=1.0)
+    result = invoke("--benches", folder, "--out", tmp_path / "out", "--quick", "--budget", 0.01)
+    assert (
+        result.exit_code == 1 and "double, toy, float32, forward: rival disagrees" in result.output
+    )
+    (path,) = (tmp_path / "out").iterdir()
+    rows = {row["contestant"]: row for row in read(path)["rows"]}
+    assert rows["rival"]["reason"].startswith("disagrees: ") and "p50_ms" not in rows["rival"]
+    assert rows["native"]["p50_ms"] > 0
+
+
+def test_a_case_that_fails_stops_no_other(tmp_path):
+    folder = toy(tmp_path / "b")
+    text = (folder / "bench_double.py").read_text()
+    wrong = text.replace('"double"', '"half"').replace('"ours")', '"ours", add=1.0)', 1)
+    (folder / "bench_a.py").write_text(wrong.replace("OFF", "0.0"))
+    broken = text.replace('"double"', '"none"').replace("torch.arange(1000.0)", "1 // 0")
+    (folder / "bench_b.py").write_text(broken)
+    result = invoke("--benches", folder, "--out", tmp_path / "out", "--quick", "--budget", 0.01)
+    assert result.exit_code == 1, result.output
+    assert "half, toy, float32, forward: native is wrong" in result.output
+    assert "none, toy, float32, forward: ZeroDivisionError" in result.output
+    (path,) = (tmp_path / "out").iterdir()
+    assert {row["op"] for row in read(path)["rows"]} == {"double"}
+
+
+def test_cases_out_of_time_are_left_out(tmp_path):
+    folder = toy(tmp_path / "b")
+    result = invoke("--benches", folder, "--out", tmp_path / "out", "--minutes", 0.0)
+    assert result.exit_code == 0 and "left out: 1" in result.output
     assert not (tmp_path / "out").exists()
+    assert bench.spread(list(range(6))) == [0, 4, 2, 1, 5, 3]
+    for count in (0, 1, 2, 7, 8, 19):
+        assert sorted(bench.spread(list(range(count)))) == list(range(count))
 
 
 def test_command_refuses_what_it_cannot_do(tmp_path, monkeypatch):
@@ -145,6 +176,17 @@ def test_summary_takes_the_size_where_another_comes_nearest():
     ]  # fmt: skip
     lines = [line for line in report.summary(machine, rows).splitlines() if "`o`" in line]
     assert lines == ["| `o` | M 99, float32 | 10 | rival 2.5 | 5.00 | 9.0 | 1.0, 1.0 |"]
+
+
+def test_cases_timed_otherwise_are_named():
+    report = load_report()
+    old, older = "7f6f4bbfaa", "b687bd7007"
+    rows = [
+        {"op": op, "commit": at, "p50_ms": 1} for op, at in (("b", old), ("a", older), ("c", "x"))
+    ]
+    pages, first = report.earlier([*rows, {"op": "d", "commit": older, "reason": "absent"}])
+    assert pages.endswith("cases of: `a`") and first.endswith("cases of: `a`, `b`")
+    assert not list(report.earlier(rows[2:]))
 
 
 def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):

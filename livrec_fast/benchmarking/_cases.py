@@ -21,7 +21,7 @@ Kind = Literal["ours", "reference", "peer", "floor"]  # floor: no rival, but wha
 
 
 class Disagreement(AssertionError):
-    """A contestant computes something else than the reference; nothing of its case is timed."""
+    """An op of ours computes something else than the reference; nothing of its case is timed."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Absent:
-    """A contestant that cannot take part, and why."""
+    """A contestant that cannot take part, or is not timed as its output is wrong, and why."""
 
     name: str
     reason: str

@@ -20,7 +20,8 @@ from ._clock import clock_of
 _ROOT = Path(__file__).resolve().parents[2]
 _PEERS = (
     "scikit-learn", "superkmeans", "semantic-id", "vector-quantize-pytorch", "flash-kmeans",
-    "fastkmeans",
+    "fastkmeans", "fbgemm-gpu-cpu", "fuxictr", "ffpa-attn", "inf-cl", "cut-cross-entropy",
+    "liger-kernel", "sentence-transformers", "pytorch-metric-learning", "info-nce-pytorch",
 )  # fmt: skip
 _SOURCES = ("benches", "csrc", "kernels", "livrec_fast", "setup.py", ":!benches/results")
 

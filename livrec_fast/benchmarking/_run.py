@@ -11,6 +11,7 @@ from ._clock import Bystanders, clock_of, interleave, kept_memory, peak_extra_by
 from ._machine import Machine
 
 Row = dict[str, Any]
+DISAGREES = "disagrees"  # how the reason of a peer begins whose output is wrong
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def enter(
 ) -> Entered | Absent:
     """Prepare a contestant, run it once, and hold its output to the reference.
 
-    A peer that fails is absent with what it said; a fault of ours is raised.
+    A peer that fails is absent with what it said, one that disagrees with by how much, so that
+    it is not timed; a fault of ours, or of the reference, is raised.
     """
     if isinstance(contestant, Absent):
         return contestant
@@ -92,13 +94,18 @@ def enter(
     except Exception as error:
         if contestant.kind != "peer":
             raise
-        words = str(error).strip().splitlines() or [""]
-        return Absent(contestant.name, f"{type(error).__name__}: {words[0][:160]}")
+        return Absent(contestant.name, f"{type(error).__name__}: {_first_line(error)}")
     try:
         facts = (contestant.agree or case.agree)(output, inputs)
     except AssertionError as error:
+        if contestant.kind == "peer":
+            return Absent(contestant.name, f"{DISAGREES}: {_first_line(error)}")
         raise Disagreement(f"{case.title}: {contestant.name} is wrong: {error}") from error
     return Entered(run, facts or {}, seconds, extra)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
 
 
 def _timed(entered: dict[str, Entered], machine: Machine, budget: float) -> dict[str, list[float]]:
