@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ._code_rows import as_argument
 from ._code_tiles import finite
-from ._din_layers import configs_of, logits, packed, tile_of, weights_at
+from ._din_layers import logits, weights_at
+from ._din_packing import configs_of, packed, tile_of
 from ._target_tiles import ascending, rows_at
 
 

@@ -23,88 +23,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._code_rows import as_argument
-from ._code_tiles import finite
 from ._din_layers import (
-    add_to,
-    add_up,
     again,
     alone_of,
     back_through_layers,
     back_to_keys,
-    configs_of,
     enter,
     logits,
-    packed,
     part_of,
-    tile_of,
-    unpacked,
-    weights_at,
 )
+from ._din_packing import configs_of, packed, tile_of, unpacked
+from ._din_sums import add_to, add_up, end_candidate, softmax_of
 from ._target_tiles import ascending, candidates_of, put_rows, rows_at
 
 _MOST_PARTS = 256  # programs of the first sweep
-
-
-@triton.jit
-def _softmax_of(
-    q, k, v, candidate, alone, flow, base, weights, units, begin, rows, D: tl.constexpr,
-    DV: tl.constexpr, SIZES: tl.constexpr, WIDTHS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Return a history's greatest logit, 1 / the sum of exponentials less it, and the mean.
-
-    That of <flow, v>, flow the gradient of the result; sums are of what it is more than `base`, so
-    that they lose nothing to a part that all rows have in common. No history: inf, 0 and base.
-    """
-    peak = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    excess = tl.full((), 0.0, tl.float32)
-    for first in range(0, rows, BLOCK_T):
-        left = rows - first
-        here = again(weights, first)
-        x = enter(k, begin + first, left, q, candidate, alone, here, D, BLOCK_T, BLOCK_D, WIDTHS[0])
-        score, _ = logits(x, here, units, SIZES, WIDTHS, ACTIVATION, BLOCK_D, True)
-        values = k if v is None else v
-        v_tile = rows_at(values, begin + first, left, 0, BLOCK_T, 1, DV, BLOCK_V)
-        above = tl.sum(v_tile.to(tl.float32) * flow[None, :], 1) - base
-        score = tl.where(tl.arange(0, BLOCK_T) < left, score, float("-inf"))
-        top = tl.maximum(peak, tl.max(score, 0))
-        shift = finite(top)
-        score, old = tl.exp(score - shift), tl.exp(peak - shift)
-        total = total * old + tl.sum(score, 0)
-        excess = excess * old + tl.sum(score * above, 0)
-        peak = top
-    dead = total == 0  # a NaN is not
-    inverse = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, total))
-    return tl.where(dead, float("inf"), peak), inverse, base + excess * inverse
-
-
-@triton.jit
-def _end_candidate(
-    q, candidate, entered, weights, sums, grad_q, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    FIRST: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of a query, and add that of the first layer's weights to its sums.
-
-    entered: the sum of flow, the gradient of what enters the first layer's units. After the three
-    sums of the program stands that of keys times flow, of this candidate: it is cleared.
-    """
-    SIZE: tl.constexpr = BLOCK_D * FIRST
-    rows, units = tl.arange(0, 32), tl.arange(0, FIRST)
-    for part in range(0, BLOCK_D, 32):
-        at = part * FIRST
-        own = sums + 3 * SIZE + at + rows[:, None] * FIRST + units[None, :]
-        outer = tl.load(own)
-        tl.store(own, tl.zeros_like(outer))
-        found = entered[None, :] * weights_at(weights, at, 32, FIRST)
-        found += outer * weights_at(weights, 2 * SIZE + at, 32, FIRST)
-        dims = part + rows
-        value = tl.sum(found, 1).to(grad_q.dtype.element_ty)
-        tl.store(grad_q + candidate * D + dims, value, mask=dims < D)
-        query = part_of(q, candidate, part, D, 32)[:, None]
-        add_to(sums, at, query * entered[None, :])
-        add_to(sums, SIZE + at, outer)
-        add_to(sums, 2 * SIZE + at, query * outer)
 
 
 @triton.jit(do_not_specialize=["C", "Q", "run"])
@@ -136,7 +68,7 @@ def _sweep_candidates(
         top, inverse, mean = 0.0, 1.0, 0.0
         if SOFTMAX:
             result = tl.load(out + candidate * DV + value_dims, mask=inside, other=0.0)
-            top, inverse, mean = _softmax_of(
+            top, inverse, mean = softmax_of(
                 q, k, v, candidate, alone, flow, tl.sum(flow * result.to(tl.float32), 0), weights,
                 units, begin, rows, D, DV, SIZES, WIDTHS, ACTIVATION, BLOCK_T, BLOCK_D, BLOCK_V,
             )  # fmt: skip
@@ -165,7 +97,7 @@ def _sweep_candidates(
                 )  # fmt: skip
             entered += tl.sum(found[0], 0)
             tl.debug_barrier()  # other threads may read the sums at the next tile
-        _end_candidate(q, candidate, entered, weights, weight_sums, grad_q, D, BLOCK_D, WIDTHS[0])
+        end_candidate(q, candidate, entered, weights, weight_sums, grad_q, D, BLOCK_D, WIDTHS[0])
         tl.debug_barrier()
 
 
