@@ -100,9 +100,8 @@ def compile_triton(
     options = {name: v for name, v in options.items() if name not in ("matrix", "oldest")}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     label = f"{kernel.__name__}({types}, {constants}, {options}) on sm_{arch}"
-    return Compiled(
-        label, _local_bytes(built.asm["cubin"]), built.metadata.shared, _sass(built.asm["cubin"])
-    )
+    told = _dump(built.asm["cubin"])
+    return Compiled(label, _local_bytes(told), built.metadata.shared, told)
 
 
 def compile_cuda(source: Path, arch: str, folder: Path) -> str:
@@ -148,19 +147,16 @@ def _cuobjdump() -> str:
     return found
 
 
-def _dump(cubin: bytes, option: str) -> str:
+def _dump(cubin: bytes) -> str:
+    """Return what a kernel uses, and its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_cuobjdump(), option, file.name]
+        command = [_cuobjdump(), "-res-usage", "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _local_bytes(cubin: bytes) -> int:
-    used = re.findall(r"(?:STACK|LOCAL):(\d+)", _dump(cubin, "-res-usage"))
+def _local_bytes(told: str) -> int:
+    used = re.findall(r"(?:STACK|LOCAL):(\d+)", told)
     assert used, "cuobjdump -res-usage told nothing"
     return sum(map(int, used))
-
-
-def _sass(cubin: bytes) -> str:
-    return _dump(cubin, "-sass")

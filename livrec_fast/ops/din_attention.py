@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd import recompute_backward
 from .._checks import (
     FLOATS,
     check_choice,
@@ -57,6 +58,20 @@ def _triton(*args: Any) -> Tensor:
     return kernels.din_attention(*args)
 
 
+_recompute = recompute_backward(reference.din_attention)
+
+
+def _triton_backward(
+    grads: Sequence[Tensor | None], *args: Any, outputs: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    from ..kernels import din_attention_gradient as kernels
+
+    sizes = [weight.shape[1] for weight in args[4][:-1]]
+    if not kernels.fits(args[0].shape[-1], outputs[0].shape[-1], sizes):
+        return _recompute(grads, *args, outputs=outputs, needs=needs)
+    return kernels.din_attention_gradient(grads[0], *args, outputs[0], needs)
+
+
 _op = Op(
     "din_attention",
     "(Tensor q, Tensor k, Tensor? v, Tensor offsets, Tensor[] weights, Tensor[] biases, "
@@ -67,7 +82,7 @@ _op = Op(
     check_values=_check_values,
     backends=(
         Backend("native", refuse_wide, backward=None),
-        Backend("triton", _refuse_tiles, _triton),
+        Backend("triton", _refuse_tiles, _triton, _triton_backward),
     ),
     autocast=("q", "k", "v", "weights", "biases", "slopes", "gains", "shifts"),
 )
@@ -122,8 +137,8 @@ def din_attention(
         softmax: normalise the weights over the history.
         q_offsets: int64 [B + 1]; user u has the rows q_offsets[u] .. q_offsets[u + 1] - 1 of q.
         backend: "auto", "native", "triton" (up to 3 hidden layers and d h_1 + h_1 h_2 + ... =
-            16,384, each rounded up to a power of 2 from 16 on; its gradient is the reference's) or
-            "reference".
+            16,384, each rounded up to a power of 2 from 16 on; past d or dv = 128 or 64 units in a
+            layer its gradient is the reference's) or "reference".
 
     Returns:
         out, q's shape with dv (d without v) last, q's dtype.
@@ -148,7 +163,9 @@ def din_attention(
     d h_1 numbers and of the later weights; in 16 parts such sums and 2 d h_1 numbers more; and with
     fewer than 16 users, in as many parts, those of k and v. Without v, values are k. Of the
     reference: for one user at a time C x t x (8 d + twice the layers' widths) numbers, its gradient
-    for all users at once. Of the Triton kernel: the weights, padded. Nothing else is padded.
+    for all users at once. Of the Triton kernels: the weights, padded; of
+    the gradient 256 times that at most, as sums of as many programs, and three numbers per
+    candidate. Nothing else is padded.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, number of layers or
