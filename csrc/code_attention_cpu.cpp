@@ -255,18 +255,38 @@ struct Exponentials {
 
   template <int N, int V>
   void run() const {
+    constexpr int kRows = N * V < kLanes ? kLanes / (N * V) : 1;  // that fill a vector
     const CodeRows& all = *block.rows;
-    for (int64_t f = 0; f < all.fields; ++f)
-      for (int64_t i = all.ends[f]; i < all.ends[f + 1]; ++i) {
-        const CodeRow& row = all.distinct[i];
-        float* own = block.tables + row.slot * block.parts * (N * V);
-        for (int v = 0; v < V; ++v) {
-          const auto value =
-              exponential<N>(read<N>(own + v * N) - read<N>(peaks + f * (N * V) + v * N));
-          for (uint32_t copy = 0; copy < row.copies; ++copy)
-            write<N>(own + copy * block.parts * (N * V) + v * N, value);
+    for (int64_t f = 0; f < all.fields; ++f) {
+      const float* own_peaks = peaks + f * (N * V);
+      int64_t i = all.ends[f];
+      if (kRows > 1 && block.parts == 1) {
+        float repeated[kLanes];
+        for (int l = 0; l < kLanes; ++l) repeated[l] = own_peaks[l % (N * V)];
+        for (; i + kRows <= all.ends[f + 1] && together(all.distinct + i, kRows); i += kRows) {
+          float* rows = block.tables + all.distinct[i].slot * (N * V);
+          store(rows, exponential<kLanes>(load(rows) - load(repeated)));
         }
       }
+      for (; i < all.ends[f + 1]; ++i) raise<N, V>(all.distinct[i], own_peaks);
+    }
+  }
+
+  // Whether rows have one slot each, and those follow each other.
+  static bool together(const CodeRow* rows, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      if (rows[i].copies != 1 || rows[i].slot != rows[0].slot + i) return false;
+    return true;
+  }
+
+  template <int N, int V>
+  void raise(const CodeRow& row, const float* own_peaks) const {
+    float* own = block.tables + row.slot * block.parts * (N * V);
+    for (int v = 0; v < V; ++v) {
+      const auto value = exponential<N>(read<N>(own + v * N) - read<N>(own_peaks + v * N));
+      for (uint32_t copy = 0; copy < row.copies; ++copy)
+        write<N>(own + copy * block.parts * (N * V) + v * N, value);
+    }
   }
 };
 

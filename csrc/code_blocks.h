@@ -48,10 +48,10 @@ LIVREC_INLINE void bias_heads_of(const CodeBlock& block, int32_t* heads) {
 template <int kFields, int kSize>
 struct Places {
   Places(const uint32_t* slots, int64_t items, int64_t item) {
-    for (int f = 0; f < kFields; ++f) at[f] = static_cast<int64_t>(slots[f * items + item]) * kSize;
+    for (int f = 0; f < kFields; ++f) own[f] = slots[f * items + item];
   }
-  int64_t operator[](int64_t field) const { return at[field]; }
-  int64_t at[kFields];
+  int64_t operator[](int64_t field) const { return static_cast<int64_t>(own[field]) * kSize; }
+  uint32_t own[kFields];  // multiplied when used: together, the compiler would do it in vectors
 };
 
 template <int kSize>

@@ -184,12 +184,14 @@ class HistoryRows {
     own.in_order = !is_key && !own.turns && 2 * some >= numbers;
     own.next.resize(numbers);
     own.base = static_cast<uint32_t>(slot_count_);
+    distinct_.resize(distinct_.size() + some);
+    CodeRow* next_row = distinct_.data() + distinct_.size() - some;
     for (size_t n = 0; n < numbers; ++n) {
       const uint32_t items = own.counts[n];
       if (items == 0) continue;
       const uint32_t copies = own.turns ? (items + kSlotTurns - 1) / kSlotTurns : 1;
       own.next[n] = static_cast<uint32_t>(own.in_order ? own.base + n : slot_count_);
-      distinct_.push_back({own.row_of(static_cast<int64_t>(n)), own.next[n], copies});
+      *next_row++ = {own.row_of(static_cast<int64_t>(n)), own.next[n], copies};
       slot_count_ += copies;
     }
     if (own.in_order) slot_count_ = own.base + static_cast<int64_t>(numbers);
