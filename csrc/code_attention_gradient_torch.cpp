@@ -7,6 +7,7 @@
 namespace livrec {
 namespace {
 
+constexpr int64_t kLittleSums = 1 << 16;  // numbers that one thread had better add up alone
 constexpr int64_t kGroups = 16;           // sums of users are added up in so many parts, or fewer
 constexpr int64_t kDenseBytes = 4 << 20;  // a field's sums, where every row has its place
 
@@ -104,15 +105,17 @@ class Gradient {
                        ? empty_cpu({call.codes.items, call.heads}, ScalarType::Float)
                        : empty_cpu({call.bias ? call.codes.items : 0}, ScalarType::Float)) {}
 
-  // Every part has sums for all rows of small tables: not worth it where items are fewer than they.
+  // Every part has sums for all rows of small tables: not worth it where items are fewer than they,
+  // nor where one thread does it all.
   int64_t parts() const {
+    if (is_little(call_)) return std::min<int64_t>(call_.users, 1);
     int64_t rows = 1;
     for (const Tensor& table : call_.key_tables) rows += table.size(0);
     const int64_t reads = call_.codes.items * static_cast<int64_t>(call_.keys.size());
     return std::min(call_.users, std::clamp<int64_t>(reads / (2 * rows), 2, kGroups));
   }
 
-  std::vector<Tensor> run() {
+  void run() {
     std::fill_n(grad_bias_.mutable_data_ptr<float>(), grad_bias_.numel(), 0.0f);
     const int64_t count = parts();
     const size_t fields = call_.keys.size();
@@ -132,10 +135,38 @@ class Gradient {
     };
     each_user(call_, count, add_groups);
     check_codes(first_bad);
+  }
+
+  // grad_q, grad_bias, and of each field the rows that were read, ascending, and their sums.
+  std::vector<Tensor> by_rows() const {
     std::vector<Tensor> found{grad_q_, grad_bias_};
-    for (size_t f = 0; f < fields; ++f) collect(f, found);
+    for (size_t f = 0; f < call_.keys.size(); ++f) {
+      const RowTerms terms = terms_of(groups_, f, call_.key_tables[f].size(0));
+      const auto count = static_cast<int64_t>(terms.rows.size());
+      found.push_back(empty_cpu({count}, ScalarType::Long));
+      std::copy(terms.rows.begin(), terms.rows.end(), found.back().mutable_data_ptr<int64_t>());
+      const Sums sums(call_, count, ScalarType::Float);
+      each_row(count, [&](int64_t i, std::vector<float>& space) { sums.write(i, terms, i, space); });
+      found.push_back(sums.keys), found.push_back(sums.values);
+    }
     return found;
   }
+
+  // The gradients of a field's tables.
+  std::pair<Tensor, Tensor> dense(size_t field) const {
+    const int64_t height = call_.key_tables[field].size(0);
+    const RowTerms terms = terms_of(groups_, field, height);
+    std::vector<int64_t> places(static_cast<size_t>(height), -1);
+    for (size_t i = 0; i < terms.rows.size(); ++i)
+      places[static_cast<size_t>(terms.rows[i])] = static_cast<int64_t>(i);
+    const Sums sums(call_, height, call_.q.scalar_type());
+    each_row(height,
+             [&](int64_t row) { sums.write(row, terms, places[static_cast<size_t>(row)]); });
+    return {sums.keys, sums.values};
+  }
+
+  const Tensor& grad_q() const { return grad_q_; }
+  const Tensor& grad_bias() const { return grad_bias_; }
 
  private:
   // Memory of one thread, user after user.
@@ -234,31 +265,48 @@ class Gradient {
     });
   }
 
-  // Rows and sums of a field, its users' added up in order.
-  void collect(size_t field, std::vector<Tensor>& found) const {
-    const RowTerms terms = terms_of(groups_, field, call_.key_tables[field].size(0));
-    const auto count = static_cast<int64_t>(terms.rows.size());
-    Tensor rows = empty_cpu({count}, ScalarType::Long);
-    Tensor keys = empty_cpu({count, call_.heads, call_.dim}, ScalarType::Float);
-    Tensor values = empty_cpu({count, call_.heads, call_.value_dim}, ScalarType::Float);
-    std::copy(terms.rows.begin(), terms.rows.end(), rows.mutable_data_ptr<int64_t>());
-    const int64_t key_size = call_.heads * call_.dim, value_size = call_.heads * call_.value_dim;
-    float *key_data = keys.mutable_data_ptr<float>(),
-          *value_data = values.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        float *key = key_data + i * key_size, *value = value_data + i * value_size;
-        std::fill_n(key, key_size, 0.0f);
-        std::fill_n(value, value_size, 0.0f);
-        for (int64_t at = terms.starts[static_cast<size_t>(i)];
-             at < terms.starts[static_cast<size_t>(i) + 1]; ++at) {
-          const float* from = terms.from[static_cast<size_t>(at)];
-          for (int64_t d = 0; d < key_size; ++d) key[d] += from[d];
-          for (int64_t d = 0; d < value_size; ++d) value[d] += from[key_size + d];
-        }
+  // Sums of a field's rows, in `type`.
+  struct Sums {
+    Sums(const CodeCall& given, int64_t rows, ScalarType type)
+        : call(given),
+          keys(empty_cpu({rows, call.heads, call.dim}, type)),
+          values(empty_cpu({rows, call.heads, call.value_dim}, type)),
+          float_type_(float_type(type, "type")) {}
+
+    // Adds up the users' parts of a row in order, number `at` of the terms; none at -1.
+    void write(int64_t row, const RowTerms& terms, int64_t at, std::vector<float>& sum) const {
+      const int64_t key_size = call.heads * call.dim, value_size = call.heads * call.value_dim;
+      sum.assign(static_cast<size_t>(key_size + value_size), 0.0f);
+      const auto place = static_cast<size_t>(at);
+      for (int64_t i = at < 0 ? 0 : terms.starts[place]; at >= 0 && i < terms.starts[place + 1];
+           ++i) {
+        const float* from = terms.from[static_cast<size_t>(i)];
+        for (size_t d = 0; d < sum.size(); ++d) sum[d] += from[d];
       }
-    });
-    for (const Tensor& tensor : {rows, keys, values}) found.push_back(tensor);
+      narrow(sum.data(), key_size, keys, row);
+      narrow(sum.data() + key_size, value_size, values, row);
+    }
+
+    const CodeCall& call;
+    const Tensor keys, values;
+
+   private:
+    void narrow(const float* from, int64_t size, const Tensor& to, int64_t row) const {
+      auto* bytes = static_cast<char*>(to.mutable_data_ptr());
+      bytes += row * size * static_cast<int64_t>(to.element_size());
+      LIVREC_CALL(code_narrow, from, 1, size, size, float_type_, bytes);
+    }
+    TableType float_type_;
+  };
+
+  template <typename Visit>
+  void each_row(int64_t count, const Visit& visit) const {
+    const int64_t size = call_.heads * (call_.dim + call_.value_dim);
+    torch::stable::parallel_for(0, count, std::max<int64_t>(1, kLittleSums / size),
+                                [&](int64_t begin, int64_t end) {
+                                  std::vector<float> space;
+                                  for (int64_t i = begin; i < end; ++i) visit(i, space);
+                                });
   }
 
   const CodeCall& call_;
@@ -270,6 +318,25 @@ class Gradient {
   std::vector<std::vector<FieldSums>> groups_;
 };
 
+Gradient differentiated(const CodeCall& call, const Tensor& grad, const Optional& grad_lse,
+                        const Tensor& out) {
+  for (const Tensor* x : {&grad, &out})
+    STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == call.users && x->size(1) == call.candidates &&
+                        x->size(2) == call.heads && x->size(3) == call.value_dim &&
+                        x->scalar_type() == call.q.scalar_type(),
+                    "grad, out: must be [B, C, H, dv] of q's dtype");
+  Optional lse_slopes;
+  if (grad_lse) {
+    lse_slopes = contiguous_of(*grad_lse);
+    STD_TORCH_CHECK(lse_slopes->numel() == call.users * call.candidates * call.heads &&
+                        lse_slopes->scalar_type() == ScalarType::Float,
+                    "grad_lse: must be float32 [B, C, H]");
+  }
+  Gradient gradient(call, contiguous_of(grad), lse_slopes, contiguous_of(out));
+  gradient.run();
+  return gradient;
+}
+
 std::vector<Tensor> code_attention_gradient(const Tensor& grad, const Optional& grad_lse,
                                             const Tensor& q, const Tensor& codes,
                                             const std::vector<Tensor>& key_tables,
@@ -280,26 +347,42 @@ std::vector<Tensor> code_attention_gradient(const Tensor& grad, const Optional& 
                                             bool packed, const Tensor& out, const Tensor& lse) {
   const CodeCall call(q, codes, key_tables, value_tables, offsets, bias, scale, levels, groups,
                       hashing, packed);
-  for (const Tensor* x : {&grad, &out})
-    STD_TORCH_CHECK(x->dim() == 4 && x->size(0) == call.users && x->size(1) == call.candidates &&
-                        x->size(2) == call.heads && x->size(3) == call.value_dim &&
-                        x->scalar_type() == q.scalar_type(),
-                    "grad, out: must be [B, C, H, dv] of q's dtype");
-  Optional lse_slopes;
-  if (grad_lse) {
-    lse_slopes = contiguous_of(*grad_lse);
-    STD_TORCH_CHECK(lse_slopes->numel() == call.users * call.candidates * call.heads &&
-                        lse_slopes->scalar_type() == ScalarType::Float,
-                    "grad_lse: must be float32 [B, C, H]");
+  return differentiated(call, grad, grad_lse, out).by_rows();
+}
+
+std::vector<Tensor> code_attention_backward(
+    const std::vector<Optional>& grads, const Tensor& q, const Tensor& codes,
+    const std::vector<Tensor>& key_tables, const std::vector<Tensor>& value_tables,
+    const Tensor& offsets, const Optional& bias, double scale, const std::vector<int64_t>& levels,
+    const std::vector<int64_t>& groups, const Text& hashing, bool packed,
+    const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
+  const CodeCall call(q, codes, key_tables, value_tables, offsets, bias, scale, levels, groups,
+                      hashing, packed);
+  STD_TORCH_CHECK(grads.size() == 2 && outputs.size() == 2,
+                  "grads, outputs: must be of out and lse");
+  const size_t fields = key_tables.size(), tables = 2;  // of q and codes, then come the tables
+  check_needs(needs, tables + 2 * fields + 1 + bias.has_value());
+  const Tensor& out = outputs[0];
+  const Gradient gradient =
+      differentiated(call, grads[0] ? *grads[0] : zeros_like_cpu(out), grads[1], out);
+  std::vector<Tensor> found, values;
+  if (needs[0]) found.push_back(gradient.grad_q());
+  for (size_t f = 0; f < fields; ++f) {
+    if (!needs[tables + f] && !needs[tables + fields + f]) continue;
+    const auto [key, value] = gradient.dense(f);
+    if (needs[tables + f]) found.push_back(key);
+    if (needs[tables + fields + f]) values.push_back(value);
   }
-  Gradient gradient(call, contiguous_of(grad), lse_slopes, contiguous_of(out));
-  return gradient.run();
+  found.insert(found.end(), values.begin(), values.end());
+  if (bias && needs.back()) found.push_back(gradient.grad_bias());
+  return found;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(livrec, CPU, m) {
   m.impl("code_attention_gradient.native", TORCH_BOX(&code_attention_gradient));
+  m.impl("code_attention_backward.native", TORCH_BOX(&code_attention_backward));
 }
 
 }  // namespace livrec

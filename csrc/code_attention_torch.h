@@ -245,12 +245,16 @@ class CodePass {
       lanes_, factors_;
 };
 
+// Whether a call has no work for more than the time that it takes to wake a thread.
+inline bool is_little(const CodeCall& call) {
+  return call.codes.items * call.heads * call.candidates < kLittleWork;
+}
+
 // Runs visit(begin, end) over users, or `count` groups of them: several at once where they are
-// many and have work for more than the time that it takes to wake a thread.
+// many and the work is not little.
 template <typename Visit>
 void each_user(const CodeCall& call, int64_t count, const Visit& visit) {
-  const bool little = call.codes.items * call.heads * call.candidates < kLittleWork;
-  if (call.users < kFewUsers || little) return visit(0, count);
+  if (call.users < kFewUsers || is_little(call)) return visit(0, count);
   torch::stable::parallel_for(0, count, 1, visit);
 }
 

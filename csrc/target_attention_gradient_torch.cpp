@@ -235,11 +235,7 @@ class Gradient {
 using Grads = std::vector<Optional>;
 
 Tensor given_grad(const Grads& grads, const Tensor& out) {
-  if (grads[0]) return *grads[0];
-  Tensor zeros = empty_cpu(out.sizes(), out.scalar_type());
-  std::memset(zeros.mutable_data_ptr(), 0,
-              static_cast<size_t>(zeros.numel()) * zeros.element_size());
-  return zeros;
+  return grads[0] ? *grads[0] : zeros_like_cpu(out);
 }
 
 Optional lse_grad(const Grads& grads, const AttentionCall& call) {

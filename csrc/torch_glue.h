@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -79,6 +80,13 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
   const Tensor tensor(made);
   ask_for_huge_pages(tensor);
   return tensor;
+}
+
+inline Tensor zeros_like_cpu(const Tensor& tensor) {
+  Tensor zeros = empty_cpu(tensor.sizes(), tensor.scalar_type());
+  std::memset(zeros.mutable_data_ptr(), 0,
+              static_cast<size_t>(zeros.numel()) * zeros.element_size());
+  return zeros;
 }
 
 // needs: whether the gradient of each tensor is wanted, in the order of the arguments.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,16 +26,16 @@ def _check_values(
     check_contents(codes, levels, offsets, packed)
 
 
-def _backward(
+def _triton_backward(
     grads: Sequence[Tensor | None], q: Tensor, codes: Tensor, key_tables: Sequence[Tensor],
     value_tables: Sequence[Tensor], offsets: Tensor, bias: Tensor | None, *rest: Any,
-    outputs: Sequence[Tensor], needs: Sequence[bool], backend: str = "native",
+    outputs: Sequence[Tensor], needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Return the dense gradients that are wanted, of q, the tables and the bias."""
     out, lse = outputs
     grad = torch.zeros_like(out) if grads[0] is None else grads[0]
     given = (q, codes, key_tables, value_tables, offsets, bias, *rest)
-    found = gradient(grad, grads[1], *given, out, lse, backend=backend)
+    found = gradient(grad, grads[1], *given, out, lse, backend="triton")
     tables = [*key_tables, *value_tables]
     sums = [*zip(found[2::3], found[3::3], strict=True)]
     sums += zip(found[2::3], found[4::3], strict=True)
@@ -71,8 +70,8 @@ _op = Op(
     reference=reference.code_attention,
     check_values=_check_values,
     backends=(
-        Backend("native", refuse_wide, backward=_backward),
-        Backend("triton", refuse_tiles, _triton, partial(_backward, backend="triton")),
+        Backend("native", refuse_wide, backward=None),
+        Backend("triton", refuse_tiles, _triton, _triton_backward),
     ),
     autocast=("q", "key_tables", "value_tables"),
 )
