@@ -89,8 +89,8 @@ LIVREC_DECLARE(void, contrastive_units,
                (const void* x, TableType type, bool normalize, TableType rounded, const bool* valid,
                 int64_t count, int64_t dim, int64_t stride, float* units, float* norms))
 
-// Whether this level multiplies bfloat16, and units as it wants them: of rows begin .. end - 1,
-// from an even one to an even one or the last; zeros where there is nothing.
+// Whether this level multiplies bfloat16, and units as it wants them, which are rounded already: of
+// rows begin .. end - 1, from an even one to an even one or the last; zeros where there is nothing.
 LIVREC_DECLARE(bool, contrastive_packs, ())
 LIVREC_DECLARE(void, contrastive_pack,
                (const float* units, int64_t begin, int64_t end, int64_t stride, float* words,

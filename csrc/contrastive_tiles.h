@@ -17,7 +17,8 @@ namespace {
 // A term of a product of matrices of bfloat16, whose numbers are words of two along the depth.
 struct OfPairs {
   static LIVREC_INLINE Floats add(Floats sum, float a, Floats b) {
-    return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(Floats{} + a), same_bits<__m512bh>(b));
+    const Ints pairs = Ints{} + same_bits<int32_t>(a);  // as a float it may be no number
+    return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(pairs), same_bits<__m512bh>(b));
   }
 };
 #else
@@ -144,6 +145,10 @@ inline void turn_panels(const ContrastiveSide& side, int64_t dim, int64_t stride
       turn_panel(side, dim, stride, column + p, out + p * padded_to_lanes(dim));
 }
 
+LIVREC_INLINE bool queries_mask(const Contrastive& call) {
+  return call.finds_similar || call.pairs != nullptr || call.query_ids != nullptr;
+}
+
 // What the queries mask of a tile, in any term: by their ids, and false negatives.
 inline void mask_by_queries(const Contrastive& call, const TileSpace& space, int64_t column,
                             int64_t width, int64_t row, int64_t rows, RowBits* masked) {
@@ -166,6 +171,20 @@ inline void mask_by_queries(const Contrastive& call, const TileSpace& space, int
     }
 }
 
+// Takes what is masked out of a tile of products; masked: by the queries, or null.
+inline void mask_tile(const Contrastive& call, int64_t column, int64_t width, int64_t row,
+                      int64_t rows, const RowBits* masked, float* s) {
+  if (masked == nullptr && call.key_ids == nullptr && call.valid == nullptr) {  // own pairs alone
+    for (int64_t at = row > column ? row : column; at < least(row + rows, column + width); ++at)
+      s[(at - row) * kTileStride + at - column] = -kInfinity;
+    return;
+  }
+  const RowBits none = {};
+  const auto mask = call.groups != nullptr ? mask_row<true> : mask_row<false>;
+  for (int64_t i = 0; i < rows; ++i)
+    mask(call, row + i, column, width, masked != nullptr ? masked[i] : none, s + i * kTileStride);
+}
+
 // A tile of masked products.
 inline void fill_tile(const Contrastive& call, const float* panels, int64_t column, int64_t width,
                       int64_t row, int64_t rows, const RowBits* masked, float* s) {
@@ -175,9 +194,7 @@ inline void fill_tile(const Contrastive& call, const float* panels, int64_t colu
   else
     tile_products(call.queries.units + row * call.stride, rows, call.stride, panels, width,
                   call.dim, s);
-  const auto mask = call.groups != nullptr ? mask_row<true> : mask_row<false>;
-  for (int64_t i = 0; i < rows; ++i)
-    mask(call, row + i, column, width, masked[i], s + i * kTileStride);
+  mask_tile(call, column, width, row, rows, masked, s);
 }
 
 // Visits a part tile by tile, and in each tile term by term: visit(term, column, width, row, rows),
@@ -186,7 +203,8 @@ template <typename Visit>
 LIVREC_INLINE void each_tile(const ContrastiveTerms& terms, const ContrastivePart& part,
                              const TileSpace& space, const Visit& visit) {
   const Contrastive& shared = terms.calls[0];
-  RowBits masked[kTileRows];
+  RowBits bits[kTileRows];
+  const RowBits* masked = queries_mask(shared) ? bits : nullptr;
   for (int64_t at = 0; at < part.columns; at += kTileColumns) {
     const int64_t column = part.column + at,
                   width = least(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
@@ -204,7 +222,7 @@ LIVREC_INLINE void each_tile(const ContrastiveTerms& terms, const ContrastivePar
                   space.similar_panels);
     for (int64_t r = 0; r < part.rows; r += kTileRows) {
       const int64_t row = part.row + r, rows = least(kTileRows, part.rows - r);
-      mask_by_queries(shared, space, column, width, row, rows, masked);
+      if (masked != nullptr) mask_by_queries(shared, space, column, width, row, rows, bits);
       for (int64_t t = 0; t < terms.count; ++t) {
         fill_tile(terms.calls[t], space.panels + t * space.panels_size, column, width, row, rows,
                   masked, space.s);
