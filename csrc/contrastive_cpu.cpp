@@ -131,7 +131,7 @@ void contrastive_units(const void* x, TableType type, bool normalize, TableType 
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(LIVREC_TILED)
 bool contrastive_packs() { return true; }
 #else
 bool contrastive_packs() { return false; }
@@ -199,7 +199,8 @@ void contrastive_pairs(const Contrastive& call, int64_t above, int64_t block, ui
 void contrastive_forward(const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
                          const ContrastiveSums* of_rows, const ContrastiveSums* of_columns) {
   const TileSpace space(scratch, terms.calls[0].dim, terms.calls[0].similar_dim);
-  each_tile(terms, part, space,
+  PairProducts pairs(terms.calls[0].keys.words != nullptr);
+  each_tile(terms, part, space, pairs,
             [&](int64_t term, int64_t column, int64_t width, int64_t row, int64_t count) {
               const Contrastive& call = terms.calls[term];
               const ContrastiveSums &rows = of_rows[term], &columns = of_columns[term];

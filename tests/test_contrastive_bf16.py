@@ -9,7 +9,8 @@ from livrec_fast import _native, in_batch_contrastive
 from livrec_fast.testing.checks import check_forward, check_gradients, expected, results
 
 pytestmark = pytest.mark.skipif(_native.MISSING is not None, reason=f"{_native.MISSING}")
-ISA_LEVELS = _native.isa_levels() if _native.MISSING is None else []
+EMULATED = [level for level in ("amx_emulated",) if "amx" in _native.isa_built()]
+ISA_LEVELS = [*_native.isa_levels(), *EMULATED]
 SUBJECT = SUBJECTS["in_batch_contrastive"]
 
 
