@@ -47,8 +47,10 @@ using OfPairs = OfFloats;  // never used: nothing is packed
 #endif
 struct PairProducts {
   explicit PairProducts(bool) {}
-  LIVREC_INLINE void multiply(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth,
-                              float* c, int64_t c_row, int64_t columns, bool add) {
+  // By itself: among the rest of a pass its loops would have too few registers.
+  __attribute__((noinline)) static void multiply(Left a, int64_t rows, const float* b,
+                                                 int64_t b_row, int64_t depth, float* c,
+                                                 int64_t c_row, int64_t columns, bool add) {
     LIVREC_ISA::multiply<false, false, OfPairs>(a, rows, b, b_row, depth, c, c_row, columns, add);
   }
 };
