@@ -17,8 +17,13 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-// Numbers in whole lines of 16, as contrastive_space has them.
-LIVREC_INLINE int64_t padded_to_line(int64_t count) { return (count + 15) / 16 * 16; }
+// Numbers in whole vectors, or in whole rows of tiles: at most as many as contrastive_space has.
+#if defined(LIVREC_TILED)
+constexpr int64_t kLine = kTileSide;
+#else
+constexpr int64_t kLine = kLanes;
+#endif
+LIVREC_INLINE int64_t padded_to_line(int64_t count) { return (count + kLine - 1) / kLine * kLine; }
 
 // Products of matrices of bfloat16, whose numbers are words of two along the depth; set up if used.
 #if defined(LIVREC_TILED)
