@@ -25,13 +25,17 @@ AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
 ]
+AVX512_BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
-    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+    "amx_emulated": ["-DLIVREC_EMULATED_TILES"],
 }
+TILED = "contrastive*_cpu.cpp"  # all that the levels of AMX have kernels of their own for
 OBJECT_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-fno-math-errno", "-Wall", "-Wextra"),  # sqrt tells nobody of negative numbers
@@ -70,6 +74,11 @@ def isa_levels():
     """Return the levels to compile: all on x86-64, the plain one elsewhere."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return ISA_FLAGS if on_x86 else {"baseline": []}
+
+
+def sources_of(level):
+    """Return the kernels that are compiled for a level."""
+    return sorted(CSRC.glob(TILED if level.startswith("amx") else "*_cpu.cpp"))
 
 
 def wants_cuda():
@@ -130,7 +139,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         objects, commands = [], []
         for level, level_flags in isa_levels().items():
             flags = [*OBJECT_FLAGS, f"-DLIVREC_ISA={level}", *level_flags]
-            for source in sorted(CSRC.glob("*_cpu.cpp")):
+            for source in sources_of(level):
                 output = Path(self.build_temp) / level / f"{source.stem}.o"
                 output.parent.mkdir(parents=True, exist_ok=True)
                 objects.append(str(output))

@@ -131,7 +131,7 @@ void contrastive_units(const void* x, TableType type, bool normalize, TableType 
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(LIVREC_TILED)
 bool contrastive_packs() { return true; }
 #else
 bool contrastive_packs() { return false; }
@@ -139,21 +139,23 @@ bool contrastive_packs() { return false; }
 
 void contrastive_pack(const float* units, int64_t begin, int64_t end, int64_t stride, float* words,
                       int64_t words_stride, float* paired) {
-  const auto put = [](uint16_t first, uint16_t second, float* to) {
-    const uint16_t pair[2] = {first, second};
-    __builtin_memcpy(to, pair, 4);
+  const auto joined = [](Floats first, Floats second) {
+    return same_bits<Floats>(same_bits<Bits>(first) >> 16 |
+                             (same_bits<Bits>(second) & 0xffff0000u));
   };
+  const Ints even = lane_numbers() * 2;
   for (int64_t i = begin; i < end; ++i) {
     const float* unit = units + i * stride;  // zeros past dim
-    for (int64_t w = 0; w < words_stride; ++w) {
-      const bool within = 2 * w + 1 < stride;
-      put(within ? bf16_of(unit[2 * w]) : 0, within ? bf16_of(unit[2 * w + 1]) : 0,
-          words + i * words_stride + w);
+    for (int64_t w = 0; w < words_stride; w += kLanes) {
+      const int64_t d = 2 * w, next = d + kLanes;
+      const Floats low = d < stride ? load(unit + d) : Floats{},
+                   high = next < stride ? load(unit + next) : Floats{};
+      store(words + i * words_stride + w, joined(pick(low, high, even), pick(low, high, even + 1)));
     }
     if (i % 2 == 0)
-      for (int64_t d = 0; d < stride; ++d)
-        put(bf16_of(unit[d]), i + 1 < end ? bf16_of(unit[stride + d]) : 0,
-            paired + i / 2 * stride + d);
+      for (int64_t d = 0; d < stride; d += kLanes)
+        store(paired + i / 2 * stride + d,
+              joined(load(unit + d), i + 1 < end ? load(unit + stride + d) : Floats{}));
   }
 }
 
@@ -197,7 +199,8 @@ void contrastive_pairs(const Contrastive& call, int64_t above, int64_t block, ui
 void contrastive_forward(const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
                          const ContrastiveSums* of_rows, const ContrastiveSums* of_columns) {
   const TileSpace space(scratch, terms.calls[0].dim, terms.calls[0].similar_dim);
-  each_tile(terms, part, space,
+  PairProducts pairs(terms.calls[0].keys.words != nullptr);
+  each_tile(terms, part, space, pairs,
             [&](int64_t term, int64_t column, int64_t width, int64_t row, int64_t count) {
               const Contrastive& call = terms.calls[term];
               const ContrastiveSums &rows = of_rows[term], &columns = of_columns[term];

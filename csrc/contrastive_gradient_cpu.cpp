@@ -34,26 +34,50 @@ void weigh_row(const Contrastive& call, const ContrastiveSlopes& slopes, int64_t
 
 constexpr int64_t kWordStride = kTileStride / 2;
 
-// Weights of a tile in words of two: of neighbouring columns, and of neighbouring rows.
-void pack_weights([[maybe_unused]] const float* s, [[maybe_unused]] int64_t rows,
-                  [[maybe_unused]] int64_t width, [[maybe_unused]] float* by_column,
-                  [[maybe_unused]] float* by_row) {
+// Numbers rounded to bfloat16, as words of one number of each vector.
+LIVREC_INLINE Floats words_of_both(Floats first, Floats second) {
 #if defined(__AVX512BF16__)
-  const auto halves = [](Floats from) {
-    return __builtin_convertvector(same_bits<Halves>(_mm512_cvtneps_pbh(from)), Bits);
-  };
+  const auto halves = [](Floats from) { return same_bits<Halves>(_mm512_cvtneps_pbh(from)); };
+#else
+  const auto halves = [](Floats from) { return narrow_bf16(from); };
+#endif
+  return same_bits<Floats>(__builtin_convertvector(halves(first), Bits) |
+                           __builtin_convertvector(halves(second), Bits) << 16);
+}
+
+// Likewise of neighbours in two vectors.
+LIVREC_INLINE Floats words_of_neighbours(Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+  return same_bits<Floats>(_mm512_cvtne2ps_pbh(high, low));
+#else
+  const Ints even = lane_numbers() * 2;
+  return words_of_both(pick(low, high, even), pick(low, high, even + 1));
+#endif
+}
+
+// Weights of a tile in words of two: of neighbouring columns, and of neighbouring rows, which are
+// returned as the left of a product.
+Left pack_weights(const float* s, int64_t rows, int64_t width, float* by_column, float* by_row,
+                  [[maybe_unused]] float* turned) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t v = 0; v < width; v += 2 * kLanes) {
       const float* from = s + i * kTileStride + v;
       store(by_column + i * kWordStride + v / 2,
-            same_bits<Floats>(_mm512_cvtne2ps_pbh(load(from + kLanes), load(from))));
+            words_of_neighbours(load(from), load(from + kLanes)));
     }
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t v = 0; v < width; v += kLanes) {
       const float* from = s + i * kTileStride + v;
-      const Bits next = i + 1 < rows ? halves(load(from + kTileStride)) << 16 : Bits{};
-      store(by_row + i / 2 * kTileStride + v, same_bits<Floats>(halves(load(from)) | next));
+      store(by_row + i / 2 * kTileStride + v,
+            words_of_both(load(from), i + 1 < rows ? load(from + kTileStride) : Floats{}));
     }
+#if defined(LIVREC_TILED)
+  const int64_t depth = words_of(rows), whole = padded_to_line(depth);
+  transpose([=](int64_t i, int64_t d) { return load(by_row + i * kTileStride + d); }, depth, width,
+            turned, whole);
+  return {turned, whole, 1};
+#else
+  return {by_row, 1, kTileStride};
 #endif
 }
 
@@ -69,8 +93,9 @@ void narrow(const float* row, TableType type, int64_t dim, int64_t at, void* out
 void contrastive_backward(const ContrastiveTerms& terms, const ContrastivePart& part,
                           float* scratch, const ContrastiveSlopes* of_terms) {
   const TileSpace space(scratch, terms.calls[0].dim, terms.calls[0].similar_dim);
-  const int64_t padded = padded_to_lanes(terms.calls[0].dim), stride = terms.calls[0].stride;
-  each_tile(terms, part, space,
+  const int64_t padded = padded_to_line(terms.calls[0].dim), stride = terms.calls[0].stride;
+  PairProducts pairs(terms.calls[0].keys.words != nullptr);
+  each_tile(terms, part, space, pairs,
             [&](int64_t term, int64_t column, int64_t width, int64_t row, int64_t rows) {
               const Contrastive& call = terms.calls[term];
               const ContrastiveSlopes& slopes = of_terms[term];
@@ -84,15 +109,14 @@ void contrastive_backward(const ContrastiveTerms& terms, const ContrastivePart& 
               const int64_t columns = least(width, call.keys.count - column);
               if (call.keys.paired != nullptr) {
                 float *by_column = space.other, *by_row = by_column + kTileRows * kWordStride;
-                pack_weights(space.s, rows, width, by_column, by_row);
+                const Left turned = pack_weights(space.s, rows, width, by_column, by_row, space.s);
                 if (slopes.dq != nullptr)
-                  multiply<false, false, OfPairs>(
-                      {by_column, kWordStride, 1}, rows, call.keys.paired + column / 2 * stride,
-                      stride, words_of(columns), slopes.dq + row * stride, stride, padded, true);
+                  pairs.multiply({by_column, kWordStride, 1}, rows,
+                                 call.keys.paired + column / 2 * stride, stride, words_of(columns),
+                                 slopes.dq + row * stride, stride, padded, true);
                 if (slopes.dk != nullptr)
-                  multiply<false, false, OfPairs>(
-                      {by_row, 1, kTileStride}, columns, call.queries.paired + row / 2 * stride,
-                      stride, words_of(rows), slopes.dk + column * stride, stride, padded, true);
+                  pairs.multiply(turned, columns, call.queries.paired + row / 2 * stride, stride,
+                                 words_of(rows), slopes.dk + column * stride, stride, padded, true);
                 return;
               }
               if (slopes.dq != nullptr)

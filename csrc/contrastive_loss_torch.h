@@ -86,10 +86,10 @@ inline void find_losses(const ContrastiveCalls& calls, float* losses, double* ls
   std::vector<ContrastiveSums> of_rows, of_columns;
   for (Sums& sums : rows) of_rows.push_back(sums.given());
   for (Sums& sums : columns) of_columns.push_back(sums.given());
-  ContrastiveCall::each_part(
-      calls, [&](const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch) {
-        LIVREC_CALL(contrastive_forward, terms, part, scratch, of_rows.data(), of_columns.data());
-      });
+  ContrastiveCall::each_part(calls, [&](const ContrastiveTerms& terms, const ContrastivePart& part,
+                                        float* scratch) {
+    LIVREC_CALL_TILED(contrastive_forward, terms, part, scratch, of_rows.data(), of_columns.data());
+  });
   for (size_t t = 0; t < calls.size(); ++t) {
     losses_of(*calls[t], rows[t], columns[t], losses, lses);
     losses += calls[t]->batch, lses += calls[t]->kept_sums() * calls[t]->batch;

@@ -8,23 +8,58 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) || defined(LIVREC_EMULATED_TILES)
+#define LIVREC_TILED 1
+#include "matrix_tiles.h"
+#endif
 
 namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
+// Numbers in whole vectors, or in whole rows of tiles: at most as many as contrastive_space has.
+#if defined(LIVREC_TILED)
+constexpr int64_t kLine = kTileSide;
+#else
+constexpr int64_t kLine = kLanes;
+#endif
+LIVREC_INLINE int64_t padded_to_line(int64_t count) { return (count + kLine - 1) / kLine * kLine; }
+
+// Products of matrices of bfloat16, whose numbers are words of two along the depth; set up if used.
+#if defined(LIVREC_TILED)
+class PairProducts {
+ public:
+  explicit PairProducts(bool used) : tiles_(used) {}
+  void multiply(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
+                int64_t c_row, int64_t columns, bool add) {
+    multiply_tiles(tiles_, a.data, a.row, rows, b, b_row, depth, c, c_row, columns, add);
+  }
+
+ private:
+  MatrixTiles tiles_;
+};
+#else
 #if defined(__AVX512BF16__)
-// A term of a product of matrices of bfloat16, whose numbers are words of two along the depth.
+// A term of such a product.
 struct OfPairs {
   static LIVREC_INLINE Floats add(Floats sum, float a, Floats b) {
-    return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(Floats{} + a), same_bits<__m512bh>(b));
+    const Ints pairs = Ints{} + same_bits<int32_t>(a);  // as a float it may be no number
+    return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(pairs), same_bits<__m512bh>(b));
   }
 };
 #else
 using OfPairs = OfFloats;  // never used: nothing is packed
 #endif
-
-LIVREC_INLINE int64_t padded_to_lanes(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+struct PairProducts {
+  explicit PairProducts(bool) {}
+  // By itself: among the rest of a pass its loops would have too few registers.
+  __attribute__((noinline)) static void multiply(Left a, int64_t rows, const float* b,
+                                                 int64_t b_row, int64_t depth, float* c,
+                                                 int64_t c_row, int64_t columns, bool add) {
+    LIVREC_ISA::multiply<false, false, OfPairs>(a, rows, b, b_row, depth, c, c_row, columns, add);
+  }
+};
+#endif
 
 LIVREC_INLINE Ints load_ids(const int32_t* from) {
   typedef int32_t LooseInts __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -36,7 +71,7 @@ inline void turn_panel(const ContrastiveSide& side, int64_t dim, int64_t stride,
                        float* out) {
   const float* rows = side.units + first * stride;
   transpose([=](int64_t i, int64_t d) { return load(rows + i * stride + d); },
-            least(kPanel, side.count - first), padded_to_lanes(dim), out, kPanel);
+            least(kPanel, side.count - first), padded_to_line(dim), out, kPanel);
 }
 
 constexpr int64_t kChain = 32;  // numbers added one by one; longer sums are sums of such
@@ -46,7 +81,7 @@ constexpr int64_t kChain = 32;  // numbers added one by one; longer sums are sum
 // bits of <b, a>, wherever they lie.
 inline void tile_products(const float* rows, int64_t count, int64_t stride, const float* panels,
                           int64_t columns, int64_t dim, float* s) {
-  const int64_t padded = padded_to_lanes(dim), even = count + count % 2;
+  const int64_t padded = padded_to_line(dim), even = count + count % 2;
   for (int64_t at = 0; at < columns; at += kPanel)
     for (int64_t d = 0; d < dim; d += kChain)
       multiply({rows + d, stride, 1}, even, panels + at * padded + d * kPanel, kPanel,
@@ -54,11 +89,12 @@ inline void tile_products(const float* rows, int64_t count, int64_t stride, cons
 }
 
 // Likewise of vectors in words of two numbers; <a, b> may not have the bits of <b, a>.
-inline void tile_pair_products(const float* rows, int64_t count, int64_t stride,
-                               const float* panels, int64_t columns, int64_t words, float* s) {
+inline void tile_pair_products(PairProducts& pairs, const float* rows, int64_t count,
+                               int64_t stride, const float* panels, int64_t columns, int64_t words,
+                               float* s) {
   for (int64_t at = 0; at < columns; at += kPanel)
-    multiply<false, false, OfPairs>({rows, stride, 1}, count, panels + at * padded_to_lanes(words),
-                                    kPanel, words, s + at, kTileStride, kPanel, false);
+    pairs.multiply({rows, stride, 1}, count, panels + at * padded_to_line(words), kPanel, words,
+                   s + at, kTileStride, kPanel, false);
 }
 
 LIVREC_INLINE int64_t words_of(int64_t dim) { return (dim + 1) / 2; }
@@ -133,15 +169,19 @@ struct TileSpace {
       : s(scratch),
         other(s + kTileRows * kTileStride),
         similar_panels(other + kTileRows * kTileStride),
-        panels(similar_panels + kTileColumns * padded_to_lanes(similar_dim)),
-        panels_size(kTileColumns * padded_to_lanes(dim)) {}
+        panels(similar_panels + kTileColumns * padded_to_line(similar_dim)),
+        panels_size(kTileColumns * padded_to_line(dim)) {}
 };
 
 inline void turn_panels(const ContrastiveSide& side, int64_t dim, int64_t stride, int64_t column,
                         int64_t width, float* out) {
   for (int64_t p = 0; p < width; p += kPanel)
     if (column + p < side.count)
-      turn_panel(side, dim, stride, column + p, out + p * padded_to_lanes(dim));
+      turn_panel(side, dim, stride, column + p, out + p * padded_to_line(dim));
+}
+
+LIVREC_INLINE bool queries_mask(const Contrastive& call) {
+  return call.finds_similar || call.pairs != nullptr || call.query_ids != nullptr;
 }
 
 // What the queries mask of a tile, in any term: by their ids, and false negatives.
@@ -166,27 +206,41 @@ inline void mask_by_queries(const Contrastive& call, const TileSpace& space, int
     }
 }
 
+// Takes what is masked out of a tile of products; masked: by the queries, or null.
+inline void mask_tile(const Contrastive& call, int64_t column, int64_t width, int64_t row,
+                      int64_t rows, const RowBits* masked, float* s) {
+  if (masked == nullptr && call.key_ids == nullptr && call.valid == nullptr) {  // own pairs alone
+    for (int64_t at = row > column ? row : column; at < least(row + rows, column + width); ++at)
+      s[(at - row) * kTileStride + at - column] = -kInfinity;
+    return;
+  }
+  const RowBits none = {};
+  const auto mask = call.groups != nullptr ? mask_row<true> : mask_row<false>;
+  for (int64_t i = 0; i < rows; ++i)
+    mask(call, row + i, column, width, masked != nullptr ? masked[i] : none, s + i * kTileStride);
+}
+
 // A tile of masked products.
-inline void fill_tile(const Contrastive& call, const float* panels, int64_t column, int64_t width,
-                      int64_t row, int64_t rows, const RowBits* masked, float* s) {
+inline void fill_tile(const Contrastive& call, PairProducts& pairs, const float* panels,
+                      int64_t column, int64_t width, int64_t row, int64_t rows,
+                      const RowBits* masked, float* s) {
   if (call.queries.words != nullptr)
-    tile_pair_products(call.queries.words + row * call.words_stride, rows, call.words_stride,
+    tile_pair_products(pairs, call.queries.words + row * call.words_stride, rows, call.words_stride,
                        panels, width, words_of(call.dim), s);
   else
     tile_products(call.queries.units + row * call.stride, rows, call.stride, panels, width,
                   call.dim, s);
-  const auto mask = call.groups != nullptr ? mask_row<true> : mask_row<false>;
-  for (int64_t i = 0; i < rows; ++i)
-    mask(call, row + i, column, width, masked[i], s + i * kTileStride);
+  mask_tile(call, column, width, row, rows, masked, s);
 }
 
 // Visits a part tile by tile, and in each tile term by term: visit(term, column, width, row, rows),
 // the term's products in space.s, -inf where a pair is masked.
 template <typename Visit>
 LIVREC_INLINE void each_tile(const ContrastiveTerms& terms, const ContrastivePart& part,
-                             const TileSpace& space, const Visit& visit) {
+                             const TileSpace& space, PairProducts& pairs, const Visit& visit) {
   const Contrastive& shared = terms.calls[0];
-  RowBits masked[kTileRows];
+  RowBits bits[kTileRows];
+  const RowBits* masked = queries_mask(shared) ? bits : nullptr;
   for (int64_t at = 0; at < part.columns; at += kTileColumns) {
     const int64_t column = part.column + at,
                   width = least(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
@@ -204,10 +258,10 @@ LIVREC_INLINE void each_tile(const ContrastiveTerms& terms, const ContrastivePar
                   space.similar_panels);
     for (int64_t r = 0; r < part.rows; r += kTileRows) {
       const int64_t row = part.row + r, rows = least(kTileRows, part.rows - r);
-      mask_by_queries(shared, space, column, width, row, rows, masked);
+      if (masked != nullptr) mask_by_queries(shared, space, column, width, row, rows, bits);
       for (int64_t t = 0; t < terms.count; ++t) {
-        fill_tile(terms.calls[t], space.panels + t * space.panels_size, column, width, row, rows,
-                  masked, space.s);
+        fill_tile(terms.calls[t], pairs, space.panels + t * space.panels_size, column, width, row,
+                  rows, masked, space.s);
         visit(t, column, width, row, rows);
       }
     }

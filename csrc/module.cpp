@@ -10,18 +10,27 @@
 
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace livrec {
 namespace {
 
-const char* const kNames[] = {"baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+const char* const kNames[] = {"baseline",    "avx2", "avx512",      "avx512_vnni",
+                              "avx512_bf16", "amx",  "amx_emulated"};
 #if defined(__x86_64__)
-constexpr int kBuilt = 5;
+constexpr int kBuilt = 6, kWithEmulated = 7;
 #else
-constexpr int kBuilt = 1;
+constexpr int kBuilt = 1, kWithEmulated = 1;
 #endif
 
 int find_level(const char* name) {
-  for (int level = 0; level < kBuilt; ++level)
+  for (int level = 0; level < kWithEmulated; ++level)
     if (std::strcmp(name, kNames[level]) == 0) return level;
   return -1;
 }
@@ -31,6 +40,25 @@ Isa initial_isa() {
   const int level = wanted == nullptr ? -1 : find_level(wanted);
   const int best = static_cast<int>(best_isa());
   return static_cast<Isa>(level >= 0 && level < best ? level : best);
+}
+
+// Whether the processor has tiles of bfloat16, and the system lets this process use them.
+bool find_amx() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0)
+    return false;
+  constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  static const bool found = find_amx();
+  return found;
 }
 
 std::atomic<Isa>& isa_in_use() {
@@ -47,7 +75,8 @@ Isa best_isa() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return !__builtin_cpu_supports("avx512vnni")   ? Isa::avx512
            : !__builtin_cpu_supports("avx512bf16") ? Isa::avx512_vnni
-                                                   : Isa::avx512_bf16;
+           : !has_amx()                            ? Isa::avx512_bf16
+                                                   : Isa::amx;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return Isa::avx2;
@@ -84,7 +113,9 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
   if (bytes == nullptr) return nullptr;
   const int level = livrec::find_level(PyBytes_AsString(bytes));
   Py_DECREF(bytes);
-  if (level < 0 || level > static_cast<int>(livrec::best_isa())) {
+  const bool runs = level >= 0 && (level <= static_cast<int>(livrec::best_isa()) ||
+                                   level == static_cast<int>(livrec::Isa::amx_emulated));
+  if (!runs) {
     PyErr_Format(PyExc_ValueError,
                  "isa: %R is not one of the levels this processor runs (_C.isa_levels())",
                  argument);

@@ -9,7 +9,8 @@ from livrec_fast import _native, in_batch_contrastive
 from livrec_fast.testing.checks import check_forward, check_gradients, expected, results
 
 pytestmark = pytest.mark.skipif(_native.MISSING is not None, reason=f"{_native.MISSING}")
-ISA_LEVELS = _native.isa_levels() if _native.MISSING is None else []
+EMULATED = [level for level in ("amx_emulated",) if "amx" in _native.isa_built()]
+ISA_LEVELS = [*_native.isa_levels(), *EMULATED]
 SUBJECT = SUBJECTS["in_batch_contrastive"]
 
 
@@ -94,6 +95,25 @@ def test_gradients_err_no_more_than_torchs_own_in_bfloat16(temperature):
             found = torch.autograd.grad(loss, leaves, retain_graph=True)[at]
             errors[name] = float((found - exact[at]).norm() / exact[at].norm())
         assert 0 < errors["ours"] <= 1.2 * errors["eager"] < 0.1, errors
+
+
+@pytest.mark.parametrize("isa", ISA_LEVELS)
+def test_flushing_denormals_loses_no_number(isa):
+    """Two numbers of bfloat16 in a word, the second a zero, look like a denormal float32."""
+    inputs = draw(B=40, D=1) | {"normalize": False, "temperature": torch.tensor(1.0)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the setting is the thread's own
+    try:
+        with _native.use_isa(isa):
+            found = [results(SUBJECT, "native", inputs).named()]
+            assert torch.set_flush_denormal(True)
+            found.append(results(SUBJECT, "native", inputs).named())
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    for name, tensor in found[0].items():
+        assert tensor.abs().max() > 1e-3, name
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -83,11 +83,11 @@ def cpu_objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
     with mock.patch("setuptools.setup"):
         setup = runpy.run_path(str(gates.ROOT / "setup.py"))
     objects, commands = {}, []
-    for source in sorted((gates.ROOT / "csrc").glob("*_cpu.cpp")):
-        for level, flags in setup["ISA_FLAGS"].items():
+    for level, level_flags in setup["ISA_FLAGS"].items():
+        for source in setup["sources_of"](level):
             output = folder / f"{source.stem}.{level}.o"
             objects[source.stem.removesuffix("_cpu"), level] = output
-            flags = [*setup["OBJECT_FLAGS"], f"-DLIVREC_ISA={level}", *flags]
+            flags = [*setup["OBJECT_FLAGS"], f"-DLIVREC_ISA={level}", *level_flags]
             commands.append(["g++", "-c", str(source), "-o", str(output), *flags])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
@@ -108,9 +108,9 @@ def test_cpu_objects_use_their_own_instruction_set(cpu_objects):
     for (op, level), path in cpu_objects.items():
         command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        if level in ("baseline", "avx2"):
+        if level in ("baseline", "avx2", "amx_emulated"):
             assert "%zmm" not in code, (op, level)
-        if level == "baseline":
+        if level in ("baseline", "amx_emulated"):
             assert "%ymm" not in code, (op, level)
         source = (gates.ROOT / "csrc" / f"{op}_cpu.cpp").read_text()
         register = {"avx512": "zmm", "avx2": "ymm"}.get(level)
@@ -120,12 +120,16 @@ def test_cpu_objects_use_their_own_instruction_set(cpu_objects):
             assert re.search(r"vpdpbusd.*%zmm", code), (op, level)
         if level == "avx512_bf16" and op.startswith("contrastive"):
             assert re.search(r"vdpbf16ps.*%zmm", code), (op, level)
+        assert ("tdpbf16ps" in code) == (level == "amx"), (op, level)
+        assert level == "amx" or not re.search(r"%tmm|ldtilecfg|tilerelease", code), (op, level)
 
 
 def test_levels_are_used_by_whom_the_contract_asks():
     used = {"avx512_vnni": {"codebook"}, "avx512_bf16": {"contrastive"}}
+    used["amx"] = {"contrastive", "matrix"}  # matrix_tiles.h is contrastive_tiles.h's alone
+    macros = {level: f"__{level.replace('_', '').upper()}__" for level in used}
+    macros["amx"] = "__AMX_BF16__"
     assert USED_BY.keys() == used.keys()
     for level, stems in used.items():
-        macro = f"__{level.replace('_', '').upper()}__"
-        files = [f for f in (gates.ROOT / "csrc").iterdir() if macro in f.read_text()]
+        files = [f for f in (gates.ROOT / "csrc").iterdir() if macros[level] in f.read_text()]
         assert {f.stem.split("_")[0] for f in files} == stems, level

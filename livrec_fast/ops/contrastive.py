@@ -170,7 +170,8 @@ def in_batch_contrastive(
         valid: bool [B]; False takes row i and key i out, whatever they hold, NaN included.
         extra_keys: [E, D], query's dtype: more negatives for every row, such as a memory queue.
         precision: "bf16" rounds unit vectors (or those given) to bfloat16, and in the C++ kernel at
-            the level avx512_bf16 what the gradient multiplies them with; sums stay in float32.
+            the levels avx512_bf16 and amx what the gradient multiplies them with; sums stay in
+            float32.
             bfloat16 inputs take the same path, float64 stays as it is.
         reduction: "mean" is sum(w_i loss_i) / sum(w_i) over valid rows, or 0 where sum(w_i) is 0;
             "sum" is sum(w_i loss_i); "none" is w_i loss_i, [B].

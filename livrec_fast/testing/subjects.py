@@ -107,6 +107,7 @@ class Target:
 USED_BY = {
     "avx512_vnni": ("residual_kmeans", "kmeans_step"),
     "avx512_bf16": ("in_batch_contrastive",),
+    "amx": ("in_batch_contrastive",),
 }
 
 
