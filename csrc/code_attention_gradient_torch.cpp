@@ -146,7 +146,8 @@ class Gradient {
       found.push_back(empty_cpu({count}, ScalarType::Long));
       std::copy(terms.rows.begin(), terms.rows.end(), found.back().mutable_data_ptr<int64_t>());
       const Sums sums(call_, count, ScalarType::Float);
-      each_row(count, [&](int64_t i, std::vector<float>& space) { sums.write(i, terms, i, space); });
+      each_row(count,
+               [&](int64_t i, std::vector<float>& space) { sums.write(i, terms, i, space); });
       found.push_back(sums.keys), found.push_back(sums.values);
     }
     return found;
@@ -160,8 +161,9 @@ class Gradient {
     for (size_t i = 0; i < terms.rows.size(); ++i)
       places[static_cast<size_t>(terms.rows[i])] = static_cast<int64_t>(i);
     const Sums sums(call_, height, call_.q.scalar_type());
-    each_row(height,
-             [&](int64_t row) { sums.write(row, terms, places[static_cast<size_t>(row)]); });
+    each_row(height, [&](int64_t row, std::vector<float>& space) {
+      sums.write(row, terms, places[static_cast<size_t>(row)], space);
+    });
     return {sums.keys, sums.values};
   }
 

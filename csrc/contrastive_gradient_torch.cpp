@@ -9,12 +9,6 @@ Tensor scalar_like(const Tensor& x, double value) {
   return out;
 }
 
-Tensor zeros_like(const Tensor& x) {
-  const Tensor out = empty_cpu(x.sizes(), x.scalar_type());
-  std::memset(out.mutable_data_ptr(), 0, static_cast<size_t>(x.numel() * x.element_size()));
-  return out;
-}
-
 // needs: of query, key, temperature and those of the optional tensors that are given.
 std::vector<Tensor> in_batch_contrastive_backward(
     const std::vector<Optional>& grads, const Tensor& query, const Tensor& key,
@@ -50,7 +44,7 @@ std::vector<Tensor> in_batch_contrastive_backward(
   }
   if (of_key) found.push_back(gradient.key());
   if (of_temperature) found.push_back(scalar_like(temperature, slope));
-  if (of_pairs) found.push_back(zeros_like(*pair_vectors));
+  if (of_pairs) found.push_back(zeros_like_cpu(*pair_vectors));
   if (of_log_q) found.push_back(gradient.log_q());
   if (of_extra_keys) found.push_back(gradient.extra_keys());
   return found;

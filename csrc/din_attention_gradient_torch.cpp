@@ -69,9 +69,9 @@ class Gradient {
       : call_(call),
         sums_(call),
         grad_(contiguous_of(grad)),
-        grad_q(zeros_like(call.q)),
-        grad_k(zeros_like(call.k)),
-        grad_v(call.has_values ? zeros_like(call.v) : grad_k),
+        grad_q(zeros_like_cpu(call.q)),
+        grad_k(zeros_like_cpu(call.k)),
+        grad_v(call.has_values ? zeros_like_cpu(call.v) : grad_k),
         plan_(call,
               call.users >= kGroups ? INT64_MAX / 2
                                     : std::max<int64_t>((call.asking + kGroups - 1) / kGroups, 1),
@@ -123,15 +123,6 @@ class Gradient {
         query;
     std::vector<DinLayerSums> pointers;
   };
-
-  static Tensor zeros_like(const Tensor& x) {
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
-    Tensor made = empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
-                            x.scalar_type());
-    std::fill_n(static_cast<char*>(made.mutable_data_ptr()), x.numel() * x.element_size(), 0);
-    return made;
-  }
 
   void add(Space& space, int64_t at, float* group, double& last_bias) {
     const DinTask& task = plan_.tasks[static_cast<size_t>(at)];
