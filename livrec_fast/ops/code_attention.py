@@ -188,10 +188,10 @@ def code_attention(
     built nor rounded: a softmax term is a product of exponentials taken per table row, or where
     these would lose terms above about 2^-80 of the rest, the exponential of an item's own logit
     (csrc/code_attention.h); terms below 2^-126 of the greatest count as 0. Workspace on a CPU, per
-    thread, of the rows n that a user's history names in all fields: 4 n (H (d + dv) + 128) bytes
-    and 4 F per item of the longest history (12 F where codes are packed or prefixes, 72 more where
-    a table has more than 8 times as many rows), and the bias once more; with fewer than 8 users 512
-    n per 2,048 items of it. Of the reference: the keys and values in full, F times as much in
+    thread, of the rows n that a user's history names in all fields: 4 n (H (d + dv) + 256) bytes
+    and 8 F + 4 per item of the longest history (16 F + 4 where codes are packed or prefixes, 72
+    more where a table has more than 8 times as many rows), and the bias once more; with fewer than
+    8 users 1,024 n per 2,048 items of it. Of the reference: the keys and values in full, F times as much in
     float32, a float32 copy of the tables, and F int64 per row, besides that of target_attention. On
     a GPU: 4 F bytes per row, and 4 H C (dv + 2) bytes for each user and each 256 rows, or more of
     them where there are many; a code out of range counts as unknown, and the host does not wait.
