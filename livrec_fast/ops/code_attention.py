@@ -191,12 +191,12 @@ def code_attention(
     thread, of the rows n that a user's history names in all fields: 4 n (H (d + dv) + 256) bytes
     and 8 F + 4 per item of the longest history (16 F + 4 where codes are packed or prefixes, 72
     more where a table has more than 8 times as many rows), and the bias once more; with fewer than
-    8 users 1,024 n per 2,048 items of it. Of the reference: the keys and values in full, F times as much in
-    float32, a float32 copy of the tables, and F int64 per row, besides that of target_attention. On
-    a GPU: 4 F bytes per row, and 4 H C (dv + 2) bytes for each user and each 256 rows, or more of
-    them where there are many; a code out of range counts as unknown, and the host does not wait.
-    Triton takes at most 8 fields, and d and dv up to 128 in float32 and 256 in 16 bits; float32 is
-    multiplied as three TF32 products.
+    8 users 1,024 n per 2,048 items of it. Of the reference: the keys and values in full, F times as
+    much in float32, a float32 copy of the tables, and F int64 per row, besides that of
+    target_attention. On a GPU: 4 F bytes per row, and 4 H C (dv + 2) bytes for each user and each
+    256 rows, or more of them where there are many; a code out of range counts as unknown, and the
+    host does not wait. Triton takes at most 8 fields, and d and dv up to 128 in float32 and 256 in
+    16 bits; float32 is multiplied as three TF32 products.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no table, a wrong
