@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -17,6 +18,7 @@ MOST_FIELDS = 8  # that a launch takes: each table is an argument
 MOST_BYTES = 512  # of a row's keys, or values, of a head
 DTYPES = {torch.float32: "*fp32:16", torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}
 _TILE = {"BLOCK_M": 128}
+_Shape = TypeVar("_Shape")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -137,23 +139,31 @@ def heads_of(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.shape[1] if bias.dim() == 2 else 1
 
 
+def with_dtypes(shapes: Sequence[_Shape]) -> Iterator[tuple[torch.dtype, _Shape]]:
+    """Yield each shape with float32 and with a 16-bit type, float16 and bfloat16 in turn.
+
+    Kernels for those two differ in conversions, not in registers or memory.
+    """
+    for shape, half in zip(shapes, cycle((torch.float16, torch.bfloat16)), strict=False):
+        yield from ((torch.float32, shape), (half, shape))
+
+
 def configs_of(
     tile_for: Callable[[int, int, int, torch.dtype], tuple[dict[str, int], dict[str, int]]],
 ) -> Iterator[tuple[dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Yield the types, constants and options of a sweep at shapes that try its tiles."""
     shapes = [(1, 1, 16, 16, 1), (64, 4, 64, 64, 3), (64, 4, 64, 64, 8), (4, 2, 100, 20, 3),
               (64, 2, 128, 128, 4), (1000, 1, 256, 256, 4)]  # fmt: skip
-    for dtype, kind in DTYPES.items():
-        for C, H, d, dv, fields in shapes:
-            if max(d, dv) * dtype.itemsize > MOST_BYTES:
-                continue
-            tile, options = tile_for(C, d, dv, dtype)
-            types, none = argument_types(fields, kind)
-            constants = {**none, **tile, "HEADS": H, "FIELDS": fields, "D": d, "DV": dv}
-            constants |= {"SIZE": 1024, "BIAS_HEADS": H}
-            if dtype == torch.bfloat16:
-                constants |= {"BIAS_HEADS": 0, "bias": None}
-            yield types, constants, {**options, "matrix": True}
+    for dtype, (C, H, d, dv, fields) in with_dtypes(shapes):
+        if max(d, dv) * dtype.itemsize > MOST_BYTES:
+            continue
+        tile, options = tile_for(C, d, dv, dtype)
+        types, none = argument_types(fields, DTYPES[dtype])
+        constants = {**none, **tile, "HEADS": H, "FIELDS": fields, "D": d, "DV": dv}
+        constants |= {"SIZE": 1024, "BIAS_HEADS": H}
+        if dtype == torch.bfloat16:
+            constants |= {"BIAS_HEADS": 0, "bias": None}
+        yield types, constants, {**options, "matrix": True}
 
 
 def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:

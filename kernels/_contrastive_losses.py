@@ -158,9 +158,9 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     floats |= {"valid": "*i1", "losses": "*fp32:16", "lse": "*fp64:16", "column_splits": "i32"}
     floats |= dict.fromkeys(("counts", "bias"), "*fp32:16")
     for _, stride, new, types, constants in configs_of():
-        if not new:
-            continue
         groups = "group_ids" not in constants
+        if not new or stride != (768 if groups else 128):
+            continue
         own = {**types, **floats, "queries": types["own"], "keys": types["own"]}
         shape = {"SYMMETRIC": True, "GROUPS": groups, "STRIDE": stride, **SMALL}
         if groups:

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._contrastive_tiles import KINDS, MOST_ROWS
+from ._code_rows import DTYPES, with_dtypes
+from ._contrastive_tiles import MOST_ROWS
 from ._contrastive_units import norms_of
 
 MOST_BITS = 2**28  # 32 MiB of a strip
@@ -146,7 +147,6 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     """
     types = {**dict.fromkeys(("count", "first", "last", "words"), "i32"), "threshold": "fp32"}
     types |= {"norms": "*fp32:16", "pairs": "*i64:16"}
-    for dtype, kind in KINDS.items():
-        for dim in (10, 64, 100, 256):
-            constants = {**_TILE, "D": dim, "PART": _part(dim, dtype)}
-            yield _find_pairs, {**types, "x": kind}, constants, {**_OPTIONS, "matrix": True}
+    for dtype, dim in with_dtypes((10, 64, 100, 256)):
+        constants = {**_TILE, "D": dim, "PART": _part(dim, dtype)}
+        yield _find_pairs, {**types, "x": DTYPES[dtype]}, constants, {**_OPTIONS, "matrix": True}

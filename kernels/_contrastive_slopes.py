@@ -136,9 +136,9 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     more = dict.fromkeys(names, "*fp32:16") | {"valid": "*i1", "total": "i32"}
     more |= dict.fromkeys(("lse", "diagonal", "missed", "heats"), "*fp64:16")
     for _, stride, new, types, constants in configs_of():
-        if new:
+        groups = "group_ids" not in constants
+        if new and stride == (768 if groups else 128):
             own = {**types, **more, "queries": types["own"], "keys": types["own"]}
-            groups = "group_ids" not in constants
             shape = {"SYMMETRIC": True, "GROUPS": groups, "STRIDE": stride}
             shape["UNSAMPLED"] = not groups
             yield _prepare, own, {**shape, **SMALL}, {**_OPTIONS, "matrix": False}

@@ -188,12 +188,11 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     types |= {**dict.fromkeys(floats, "*fp32"), "diagonal": "*fp64"}
     options = {**SMALL_OPTIONS, "matrix": False}
     none = {"valid": None, "log_q": None, "norms": None, "gain": None}
-    for kind in KINDS.values():
+    for kind, dim in zip(KINDS.values(), (16, 100, 768), strict=True):  # rows are widened
         own = types | dict.fromkeys(("x", "units", "partner", "out"), kind)
-        for dim in (16, 100, 768):
-            shape = {**SMALL, "D": dim, "STRIDE": stride_of(dim), "NORMALIZE": True}
-            yield _write_units, own, shape, options
-            yield _write_units, own, {**shape, "units": None, "bias": None, "log_q": None}, options
-            yield _write_units, own, {**shape, **none, "NORMALIZE": False}, options
-            yield _finish, own, shape, options
-            yield _finish, own, {**shape, **none, "partner": None, "diagonal": None}, options
+        shape = {**SMALL, "D": dim, "STRIDE": stride_of(dim), "NORMALIZE": True}
+        yield _write_units, own, shape, options
+        yield _write_units, own, {**shape, "units": None, "bias": None, "log_q": None}, options
+        yield _write_units, own, {**shape, **none, "NORMALIZE": False}, options
+        yield _finish, own, shape, options
+        yield _finish, own, {**shape, **none, "partner": None, "diagonal": None}, options

@@ -15,13 +15,22 @@ from ._code_rows import DTYPES
 
 
 def tile_of(
-    d: int, dv: int, sizes: Sequence[int], rows: dict[int, int], least: int = 16
+    d: int,
+    dv: int,
+    sizes: Sequence[int],
+    rows: dict[int, int],
+    least: int = 16,
+    least_later: int = 16,
 ) -> dict[str, Any]:
     """Return the tile and the widths of hidden layers of `sizes` units.
 
-    rows: how many items leave no register short, by the greatest width; least: the smallest width.
+    rows: how many items leave no register short, by the greatest width; least: the smallest width;
+    least_later: that of layers after the first, where any width is more than 32. Narrower ones
+    leave products no good layout, and spill.
     """
     wide = [max(least, triton.next_power_of_2(size)) for size in (d, dv, *sizes)]
+    if max(wide) > 32:
+        wide[2:] = [max(32, wide[2]), *(max(least_later, width) for width in wide[3:])]
     items = next(many for width, many in rows.items() if max(wide) <= width)
     if triton.knobs.runtime.interpret:  # whose time goes by operations, however many numbers each
         items = 128
@@ -93,5 +102,8 @@ def configs_of() -> Iterator[tuple[str, tuple[int, int, tuple[int, ...], str]]]:
     shapes = [(16, 16, (80, 40), "dice"), (64, 64, (128, 64), "sigmoid"), (128, 20, (36,), "prelu"),
               (128, 256, (128,), "silu"), (10, 10, (16,), "relu"),
               (16, 16, (64, 64, 50), "sigmoid"), (64, 64, (64, 40), "dice"),
-              (128, 128, (64, 64, 50), "dice"), (128, 64, (36,), "prelu")]  # fmt: skip
+              (128, 128, (64, 64, 50), "dice"), (128, 64, (36,), "prelu"),
+              (64, 64, (128, 32), "dice"), (64, 256, (256,), "dice"), (16, 256, (128, 16), "dice"),
+              (128, 256, (64, 16, 64), "dice"), (128, 128, (64, 16, 16), "dice"),
+              (16, 16, (64, 128, 16), "dice")]  # fmt: skip
     yield from zip(cycle(DTYPES.values()), shapes, strict=False)

@@ -112,13 +112,12 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     }
     none = {"owners": None, "offsets": None}
     whole = {"pieces": None, "run_of": None}
-    for dim in (16, 64, 256):
+    for dim, values in ((16, "*fp32:16"), (64, "*bf16:16"), (256, "*fp32:16")):  # are widened
         tile, options = _plan(dim)
         options["matrix"] = False
-        for values in ("*fp32:16", "*bf16:16"):
-            for given in ({}, none, {**none, **whole}, {**none, **whole, "order": None}):
-                constants = {**tile, **given, "value_column": 1}
-                yield _add_pieces, {**types, "values": values}, constants, options
+        for given in ({}, none, {**none, **whole}, {**none, **whole, "order": None}):
+            constants = {**tile, **given, "value_column": 1}
+            yield _add_pieces, {**types, "values": values}, constants, options
     strided = {**types, "values": "*fp16", "value_row": "i64", "value_column": "i64"}
     tile, options = _plan(100)
     yield _add_pieces, strided, tile, {**options, "matrix": False}

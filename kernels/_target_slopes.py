@@ -24,6 +24,7 @@ from ._target_tiles import (
     candidates_of,
     candidates_per_user,
     configs_of,
+    few_of,
     logits,
     piece_at,
     products_of,
@@ -243,8 +244,9 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     """
     names = ("peaks", "sums", "excesses", "parts", "slopes", "tops", "inverses", "means")
     partial = dict.fromkeys((*names, "grad_lse"), "*fp32:16")
-    for types, constants, options in configs_of(plan):
+    configs = list(configs_of(plan))
+    for types, constants, options in configs:
         yield _add_up, {**types, **partial}, constants, options
+    for types, constants, _ in few_of(configs):
         finish = {**constants, **_FINISH}
-        if "v" not in constants:
-            yield _finish, {**types, **partial}, finish, {"matrix": False, **_FINISH_OPTIONS}
+        yield _finish, {**types, **partial}, finish, {"matrix": False, **_FINISH_OPTIONS}

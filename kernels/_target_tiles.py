@@ -6,7 +6,7 @@ their candidates, none is cut into more than a number of pieces that bounds what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._code_rows import DTYPES
+from ._code_rows import DTYPES, with_dtypes
 from ._code_tiles import product
 
 Plan = tuple[dict[str, int], dict[str, int]]  # a kernel's tile, and its launch options
+Config = tuple[dict[str, str], dict[str, Any], dict[str, Any]]  # types, constants and options
 Tiles = dict[int, list[tuple[int, int, int, int]]]
 
 
@@ -259,22 +260,26 @@ def configs_of(
     shapes = [(1, 1, 16, 16, "softmax"), (64, 4, 64, 64, "softmax"), (16, 4, 64, 64, "silu"),
               (4, 2, 100, 20, "none"), (1024, 2, 128, 128, "softmax"),
               (16, 8, 128, 128, "sigmoid"), (1000, 1, 256, 256, "softmax")]  # fmt: skip
-    for dtype, kind in DTYPES.items():
-        for C, H, d, dv, activation in shapes:
-            types = dict.fromkeys(names, kind)
-            types |= dict.fromkeys(("bounds", "q_bounds", "starts", "owners"), "*i64:16")
-            types |= {"bias": "*fp32:16", "scale": "fp32"}
-            types |= dict.fromkeys(("B", "C", "size", "most", "lanes"), "i32")
-            tile, options = plan(C, d, dv, dtype)
-            constants = {**tile, "HEADS": H, "D": d, "DV": dv, "ACTIVATION": activation}
-            constants |= {"PER_HEAD": True}
-            if dtype == torch.bfloat16:
-                constants |= {"PER_HEAD": False, "bias": None}
-            if C != 1000:
-                constants["q_bounds"] = None
-            yield types, {**constants, "MIXED": 1}, {**options, "matrix": True}
-            if d == dv:  # the same where heads share rows
-                tile, options = (shared or plan)(C * H, d, d, dtype)
-                alone = {**constants, **tile, "HEADS": 1, "v": None, "PER_HEAD": False}
-                alone["MIXED"] = 1 if "bias" in constants else H
-                yield types, alone, {**options, "matrix": True}
+    for dtype, (C, H, d, dv, activation) in with_dtypes(shapes):
+        types = dict.fromkeys(names, DTYPES[dtype])
+        types |= dict.fromkeys(("bounds", "q_bounds", "starts", "owners"), "*i64:16")
+        types |= {"bias": "*fp32:16", "scale": "fp32"}
+        types |= dict.fromkeys(("B", "C", "size", "most", "lanes"), "i32")
+        tile, options = plan(C, d, dv, dtype)
+        constants = {**tile, "HEADS": H, "D": d, "DV": dv, "ACTIVATION": activation}
+        constants |= {"PER_HEAD": True}
+        if dtype == torch.bfloat16:
+            constants |= {"PER_HEAD": False, "bias": None}
+        if C != 1000:
+            constants["q_bounds"] = None
+        yield types, {**constants, "MIXED": 1}, {**options, "matrix": True}
+        if d == dv:  # the same where heads share rows
+            tile, options = (shared or plan)(C * H, d, d, dtype)
+            alone = {**constants, **tile, "HEADS": 1, "v": None, "PER_HEAD": False}
+            alone["MIXED"] = 1 if "bias" in constants else H
+            yield types, alone, {**options, "matrix": True}
+
+
+def few_of(configs: Sequence[Config]) -> Sequence[Config]:
+    """Return those for kernels that add up pieces: rows of each type, the widest last."""
+    return [config for config in configs if "v" not in config[1]][::3]

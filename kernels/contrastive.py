@@ -180,6 +180,6 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     for dtype, stride, new, types, constants in configs_of():
         groups = "group_ids" not in constants
         tile, options = _plan(stride, dtype, new, groups)
-        options |= {"matrix": True, "oldest": 90 if new else 80}
+        options |= {"matrix": True, "oldest": 90 if new else 80, "newest": 90 if new else 80}
         for none in ("counts", "group_ids") if groups else ("counts",):
             yield _sum_terms, {**types, **floats}, {**constants, **tile, none: None}, options

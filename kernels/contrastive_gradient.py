@@ -232,5 +232,5 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
         for none, heat in [*heated, ((), False) if groups else ((*vectors, "slopes"), False)]:
             tile, options = _plan(stride, dtype, new, groups)
             known = {**constants, **dict.fromkeys(none), **tile, "HEAT": heat}
-            options |= {"matrix": True, "oldest": 90 if new else 80}
+            options |= {"matrix": True, "oldest": 90 if new else 80, "newest": 90 if new else 80}
             yield _sweep, {**types, **floats}, known, options

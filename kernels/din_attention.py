@@ -91,7 +91,7 @@ _OPTIONS = {"num_warps": 8, "num_stages": 1}  # weights of a layer fill the shar
 
 
 def _plan(d: int, dv: int, sizes: Sequence[int]) -> dict[str, Any]:
-    return tile_of(d, dv, sizes, {32: 64, 128: 32, 1024: 16})
+    return tile_of(d, dv, sizes, {32: 64, 64: 32, 1024: 16}, least_later=64)
 
 
 def din_attention(

@@ -211,8 +211,8 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     for kernel in (_lookup_items, _lookup_histories):
         for hashing in ("modulo", "murmur3", "order_preserving"):
             for table, dims in (("*fp32:16", (32, 64, 256)), ("*bf16:16", (64, 64, 64))):
-                for summed in {False, len(set(dims)) == 1}:
-                    strides = [(dim, 1) for dim in dims]
+                alike, strides = len(set(dims)) == 1, [(dim, 1) for dim in dims]
+                for summed in {alike, alike and hashing != "modulo"}:
                     levels = describe(sizes, (3,), rows, dims, summed, strides)
                     yield _config(kernel, table, levels, hashing, SUM=summed, PACKED=False)
         levels = describe(sizes, (1, 2), rows, (20, 20, 20), True, [(20, 1)] * 3)

@@ -255,7 +255,7 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
         for x, code in (("*fp32:16", "*u8:16"), ("*bf16:16", "*i16:16")):
             types = {**common, "x": x, "codes": code, "second": code}
             assigned = {"second": None, "gap": None, "EXACT": x == "*bf16:16"}  # for kmeans_step
-            for asked in (least, assigned, {"EXACT": False}):
+            for asked in (least, assigned, {"EXACT": False}) if x == "*fp32:16" else (assigned,):
                 yield kernel, types, {**tile, **contiguous, **asked}, options
     for dim in (64, 256):  # nothing known of the rows
         kernel, _, tile, options = _plan(dim, 64, True)

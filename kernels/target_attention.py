@@ -30,6 +30,7 @@ from ._target_tiles import (
     candidates_per_user,
     configs_of,
     cut,
+    few_of,
     logits,
     piece_at,
     products_of,
@@ -254,8 +255,9 @@ def compile_configs() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dic
     A type ending in ":16" is known to be divisible by 16. "matrix": tensor cores are meant.
     """
     partial = dict.fromkeys(("peaks", "sums", "parts", "lse"), "*fp32:16")
-    for types, constants, options in configs_of(_plan, _shared_plan):
+    configs = list(configs_of(_plan, _shared_plan))
+    for types, constants, options in configs:
         yield _attend, {**types, **partial}, constants, options
+    for types, constants, _ in few_of(configs):
         combine = {**constants, **_COMBINE}
-        if "v" not in constants:
-            yield _combine, {**types, **partial}, combine, {"matrix": False, **_COMBINE_OPTIONS}
+        yield _combine, {**types, **partial}, combine, {"matrix": False, **_COMBINE_OPTIONS}

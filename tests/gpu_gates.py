@@ -23,8 +23,11 @@ class Compiled:
     """A kernel compiled for one chip. local: bytes of local memory per thread, where spills go."""
 
     label: str
+    arch: int
+    matrix: bool
     local: int
     shared: int
+    registers: int
     sass: str
 
 
@@ -68,6 +71,30 @@ def launched_kernels(module: Any) -> set[str]:
     }
 
 
+def compile_module(name: str) -> Iterator[Compiled]:
+    """Compile what a module's `compile_configs()` yields.
+
+    All that is for sm_90, and for sm_80 only what it may lack room for: what is for old chips, and
+    of each kernel, and each type of rows on tensor cores, what takes most shared memory on sm_90,
+    and what most registers.
+    """
+    most: dict[tuple[Any, ...], tuple[int, Any]] = {}
+    for config in load(name).compile_configs():
+        kernel, types, _, options = config
+        if options.get("newest", 90) < 90:
+            yield compile_triton(*config, 80)
+            continue
+        built = compile_triton(*config, 90)
+        yield built
+        if options.get("oldest", 80) <= 80:
+            group = plain(kernel).__name__, options["matrix"] and frozenset(types.values())
+            for what in ("shared", "registers"):
+                entry = getattr(built, what), config
+                most[group, what] = max(most.get((group, what), entry), entry, key=lambda e: e[0])
+    for config in {id(config): config for _, config in most.values()}.values():
+        yield compile_triton(*config, 80)
+
+
 def compile_triton(
     kernel: Any,
     types: dict[str, str],
@@ -97,11 +124,12 @@ def compile_triton(
             if n not in constants and types[n].endswith(":16")
         },
     )
-    options = {name: v for name, v in options.items() if name not in ("matrix", "oldest")}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    label = f"{kernel.__name__}({types}, {constants}, {options}) on sm_{arch}"
+    own = {name: v for name, v in options.items() if name not in ("matrix", "oldest", "newest")}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=own)
+    label = f"{kernel.__name__}({types}, {constants}, {own}) on sm_{arch}"
     told = _dump(built.asm["cubin"])
-    return Compiled(label, _local_bytes(told), built.metadata.shared, told)
+    used = _total(r"(?:STACK|LOCAL):(\d+)", told), built.metadata.shared, _total(r"REG:(\d+)", told)
+    return Compiled(label, arch, options["matrix"], *used, told)
 
 
 def compile_cuda(source: Path, arch: str, folder: Path) -> str:
@@ -156,7 +184,7 @@ def _dump(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _local_bytes(told: str) -> int:
-    used = re.findall(r"(?:STACK|LOCAL):(\d+)", told)
+def _total(pattern: str, told: str) -> int:
+    used = re.findall(pattern, told)
     assert used, "cuobjdump -res-usage told nothing"
     return sum(map(int, used))

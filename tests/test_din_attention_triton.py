@@ -81,7 +81,10 @@ def bad_offsets_stay_in_bounds():
 
 def large_units_are_refused():
     for sizes, reason in (
-        ({"d": 100, "h": 130}, "shares weights on the chip: .* at most 16384"),
+        ({"d": 100, "h": 128}, "shares weights on the chip: .* at most 16384"),
+        ({"d": 130, "layers": 1}, "keeps products in registers: at most d = 128"),
+        ({"h": 130, "layers": 2}, "keeps products in registers: .* 128 units"),
+        ({"h": 260, "layers": 1}, "keeps products in registers: .* 256 in the last"),
         ({"layers": 4}, "unrolls layers: at most 3 hidden ones"),
     ):
         with pytest.raises(RuntimeError, match=reason):

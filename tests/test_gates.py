@@ -40,18 +40,13 @@ def test_module_offers_every_kernel_to_the_gate(name):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", gates.SHARED_LIMIT)
 @pytest.mark.parametrize("name", gates.triton_modules())
-def test_triton_kernels_fit(name, arch):
-    for kernel, types, constants, options in gates.load(name).compile_configs():
-        if arch < options.get("oldest", 0):
-            continue
-        built = gates.compile_triton(kernel, types, constants, options, arch)
+def test_triton_kernels_fit(name):
+    for built in gates.compile_module(name):
         assert built.local == 0, f"{built.label}: spills, or indexes registers: {built.local} bytes"
-        assert built.shared <= gates.SHARED_LIMIT[arch], (
-            f"{built.label}: {built.shared} bytes shared"
-        )
-        if options["matrix"]:
+        limit = gates.SHARED_LIMIT[built.arch]
+        assert built.shared <= limit, f"{built.label}: {built.shared} bytes shared"
+        if built.matrix:
             found = re.search(gates.MATRIX_INSTRUCTION, built.sass)
             assert found, f"{built.label}: no matrix instruction"
 

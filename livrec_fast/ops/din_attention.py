@@ -22,7 +22,7 @@ from .._dispatch import Backend, Op, refuse_triton, refuse_wide
 from ..reference import din_attention as reference
 from . import _attention
 
-_MOST_WEIGHTS = 2**14  # of a Triton kernel, with d and h_l powers of 2 from 16 on
+_MOST_WEIGHTS = 2**14  # of a Triton kernel, d and h_l rounded up to powers of 2
 _NEEDED = {"prelu": ("slopes",), "dice": ("slopes", "gains", "shifts")}
 
 
@@ -44,7 +44,10 @@ def _refuse_tiles(
     if len(weights) > 4:
         return "unrolls layers: at most 3 hidden ones"
     widths = [q.shape[-1], *(weight.shape[1] for weight in weights[:-1])]
+    if max(widths[:-1]) > 128 or widths[-1] > 256:
+        return "keeps products in registers: at most d = 128, 128 units, and 256 in the last layer"
     wide = [1 << max(4, (width - 1).bit_length()) for width in widths]
+    wide[1:] = [max(32, wide[1]), *(max(64, width) for width in wide[2:])]
     if sum(a * b for a, b in zip(wide[:-1], wide[1:], strict=True)) > _MOST_WEIGHTS:
         return f"shares weights on the chip: d h_1 + h_1 h_2 + ... at most {_MOST_WEIGHTS}"
     if v is not None and v.shape[1] > 256:
@@ -136,9 +139,10 @@ def din_attention(
         shifts: for "dice" only, likewise.
         softmax: normalise the weights over the history.
         q_offsets: int64 [B + 1]; user u has the rows q_offsets[u] .. q_offsets[u + 1] - 1 of q.
-        backend: "auto", "native", "triton" (up to 3 hidden layers and d h_1 + h_1 h_2 + ... =
-            16,384, each rounded up to a power of 2 from 16 on; past d or dv = 128 or 64 units in a
-            layer its gradient is the reference's) or "reference".
+        backend: "auto", "native", "triton" (d up to 128, dv 256, 3 hidden layers of up to 128
+            units, or 256 in the last, and d h_1 + h_1 h_2 + ... = 16,384, each rounded up to a
+            power of 2: d from 16 on, h_1 from 32, the others from 64; past dv = 128 or 64 units in
+            a layer its gradient is the reference's) or "reference".
 
     Returns:
         out, q's shape with dv (d without v) last, q's dtype.
