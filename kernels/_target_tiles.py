@@ -257,8 +257,8 @@ def configs_of(
     shared: the plan where heads share rows, if it is another.
     """
     names = ("q", "k", "v", "grad", "out", "grad_q", "grad_k", "grad_v")
-    shapes = [(1, 1, 16, 16, "softmax"), (64, 4, 64, 64, "softmax"), (16, 4, 64, 64, "silu"),
-              (4, 2, 100, 20, "none"), (1024, 2, 128, 128, "softmax"),
+    shapes = [(1, 1, 16, 16, "softmax"), (64, 4, 64, 64, "softmax"), (4, 2, 100, 20, "none"),
+              (16, 4, 64, 64, "silu"), (1024, 2, 128, 128, "softmax"),
               (16, 8, 128, 128, "sigmoid"), (1000, 1, 256, 256, "softmax")]  # fmt: skip
     for dtype, (C, H, d, dv, activation) in with_dtypes(shapes):
         types = dict.fromkeys(names, DTYPES[dtype])
