@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ class Material(Protocol):
     def batch(self, period: int, step: int) -> Batch:
         """Return one of them; they are in the order of time."""
 
+    def times(self, period: int, step: int) -> tuple[int, int]:
+        """Return when the first request of a batch comes, and by when all its labels are known."""
+
+
+class Move(NamedTuple):
+    """What is done with a batch: it is learned from, or scored."""
+
+    learns: bool
+    period: int
+    at: int
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -60,7 +71,7 @@ class Trainer:
         self.model, self.stage, self.train, self.data = model, stage, train, data
         self.optimizers, self.seed, self.done = Optimizers(model, train), seed, 0
         self.trace: dict[str, list[Tensor]] = defaultdict(list)
-        self.plan = [(p, at) for p in stage.periods for at in range(data.steps(p))]
+        self.plan = moves(data, stage, train.stream)
 
     def state(self) -> dict[str, Tensor]:
         """Return model, optimisers and what was noted so far."""
@@ -90,25 +101,24 @@ class Trainer:
         """Train to the stage's end, with a checkpoint every so many steps."""
         self.model.train()
         while self.done < len(self.plan):
-            self.step(*self.plan[self.done])
+            self.step(self.plan[self.done])
             self.done += 1
             if self.done % self.train.save_every == 0 and self.done < len(self.plan):
                 checkpoints.write(checkpoint, self.state(), done=self.done)
             on_step(1)
 
-    def step(self, period: int, at: int) -> None:
-        """Score a batch, if it is of the test period, and learn from it."""
-        batch = self.data.batch(period, at)
-        learns = period != TEST or self.train.stream
-        with torch.set_grad_enabled(learns):
-            output = self.model(batch, self._id_scale(at, batch))
-            loss = self.model.loss(output, batch)
-        if period == TEST:
+    def step(self, move: Move) -> None:
+        """Learn from a batch, or score it and note that."""
+        batch = self.data.batch(move.period, move.at)
+        with torch.set_grad_enabled(move.learns):
+            output = self.model(batch, self._id_scale(move.at, batch))
+        if not move.learns:
             self._note(output)
-        if learns:
-            self.optimizers.zero()
-            loss.backward()
-            self.optimizers.step()
+            return
+        loss = self.model.loss(output, batch)
+        self.optimizers.zero()
+        loss.backward()
+        self.optimizers.step()
         self.trace["loss"].append(loss.detach()[None])
 
     def _note(self, output: Output) -> None:
@@ -128,6 +138,26 @@ class Trainer:
             return left
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + at)
         return (torch.rand(batch.author.shape, generator=generator) < left).float()
+
+
+def moves(data: Material, stage: Stage, stream: bool) -> list[Move]:
+    """Return the moves of a stage, in the order in which they could be made as time goes by.
+
+    Batches of the test period are scored when their first request comes. A batch is learned from
+    once all its labels are known, which can be after requests that come later were scored. Where
+    that is too late for a stage before the test period, the batch is left out.
+    """
+    tested = TEST in stage.periods
+    end = None if tested or not data.steps(TEST) else data.times(TEST, 0)[0]
+    found = []
+    for period in stage.periods:
+        for at in range(data.steps(period)):
+            asked, known = data.times(period, at)
+            if period == TEST:
+                found.append((asked, Move(False, period, at)))
+            if (period != TEST or stream) and (end is None or known < end):
+                found.append((known, Move(True, period, at)))
+    return [move for _, move in sorted(found, key=lambda one: (one[0], one[1].learns))]
 
 
 def stage_key(data: Material, row: Row, depth: int, settings: Settings, seed: int) -> str:
@@ -183,7 +213,7 @@ def train_row(
             trainer.run(paths["part"], on_step)
             _finish(trainer, paths, keep=not last or row.kept, row=row.name, seed=seed)
         else:
-            on_step(stage_steps(data, row.stages[depth - 1 : depth]))
+            on_step(stage_steps(data, row.stages[depth - 1 : depth], settings.train.stream))
         before = paths["model"]
     return paths["trace"]
 
@@ -198,6 +228,6 @@ def _finish(trainer: Trainer, paths: dict[str, Path], keep: bool, **facts: int |
     paths["part"].unlink(missing_ok=True)
 
 
-def stage_steps(data: Material, stages: Sequence[Stage]) -> int:
-    """Return how many steps stages have."""
-    return sum(data.steps(period) for stage in stages for period in stage.periods)
+def stage_steps(data: Material, stages: Sequence[Stage], stream: bool = True) -> int:
+    """Return how many moves stages have."""
+    return sum(len(moves(data, stage, stream)) for stage in stages)
