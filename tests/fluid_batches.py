@@ -68,9 +68,9 @@ class HandMade:
         return self.count
 
     def times(self, period, step):
-        """Return when a batch is asked for, ten after the one before, and when it is known."""
-        asked = 10 * (period * self.count + step)
-        return asked, asked + self.wait
+        """Return when a batch begins, ten after the one before, when it ends and is known."""
+        first = 10 * (period * self.count + step)
+        return first, first + 9, first + 9 + self.wait
 
     def batch(self, period, step):
         """Return one of them."""

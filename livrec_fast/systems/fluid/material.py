@@ -126,10 +126,11 @@ class Material:
         """Return one of them."""
         return self._feed.batch(np.arange(*self._rows(period, step)))
 
-    def times(self, period: int, step: int) -> tuple[int, int]:
-        """Return when the first request of a batch comes, and by when all its labels are known."""
+    def times(self, period: int, step: int) -> tuple[int, int, int]:
+        """Return when a batch's first and last request come, and by when its labels are known."""
         first, last = self._rows(period, step)
-        return int(self.asked.ts[first]), int(self.asked.label_ts[last - 1])
+        ts = self.asked.ts
+        return int(ts[first]), int(ts[last - 1]), int(self.asked.label_ts[last - 1])
 
     def _rows(self, period: int, step: int) -> tuple[int, int]:
         first, last = self._bounds[period : period + 2]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import checkpoints
 from .config import ModelConfig, Sizes, TrainConfig
+from .heads import task_loss
 from .optimizers import Optimizers
 from .ranker import Output, Ranker
 from .recipes import TEST, Row, Stage
@@ -40,14 +41,17 @@ class Material(Protocol):
     def batch(self, period: int, step: int) -> Batch:
         """Return one of them; they are in the order of time."""
 
-    def times(self, period: int, step: int) -> tuple[int, int]:
-        """Return when the first request of a batch comes, and by when all its labels are known."""
+    def times(self, period: int, step: int) -> tuple[int, int, int]:
+        """Return when a batch's first and last request come, and by when its labels are known."""
+
+
+SCORE, LEARN, CLICKS, REST = "score", "learn", "clicks", "rest"
 
 
 class Move(NamedTuple):
-    """What is done with a batch: it is learned from, or scored."""
+    """What is done with a batch: it is scored, or learned from, whole or in two parts."""
 
-    learns: bool
+    what: str
     period: int
     at: int
 
@@ -108,18 +112,35 @@ class Trainer:
             on_step(1)
 
     def step(self, move: Move) -> None:
-        """Learn from a batch, or score it and note that."""
+        """Score a batch and note that, or learn from it."""
         batch = self.data.batch(move.period, move.at)
-        with torch.set_grad_enabled(move.learns):
+        with torch.set_grad_enabled(move.what != SCORE):
             output = self.model(batch, self._id_scale(move.at, batch))
-        if not move.learns:
+        if move.what == SCORE:
             self._note(output)
             return
-        loss = self.model.loss(output, batch)
+        loss = self._loss(output, batch, move.what)
         self.optimizers.zero()
         loss.backward()
         self.optimizers.step()
         self.trace["loss"].append(loss.detach()[None])
+
+    def _loss(self, output: Output, batch: Batch, what: str) -> Tensor:
+        """Return the loss by all labels, by what a request itself tells, or by the rest of them.
+
+        Which room was entered is known at once; that another one will not be entered soon, for
+        which some candidates are masked, is not.
+        """
+        if what == LEARN:
+            return self.model.loss(output, batch)
+        part = batch.mask.clone()
+        if what == REST:
+            part[..., 0] = False
+            return task_loss(output.logits, batch.labels, part, counted=batch.mask)
+        part[..., 1:] = False
+        part[..., 0] = batch.room != batch.room[:, :1]  # the others fill up
+        part[:, 0, 0] = True
+        return task_loss(output.logits, batch.labels, part) + output.extra
 
     def _note(self, output: Output) -> None:
         self.trace["logits"].append(output.logits.detach().clone())
@@ -141,23 +162,27 @@ class Trainer:
 
 
 def moves(data: Material, stage: Stage, stream: bool) -> list[Move]:
-    """Return the moves of a stage, in the order in which they could be made as time goes by.
+    """Return the moves of a stage, in the order in which they can be made as time goes by.
 
-    Batches of the test period are scored when their first request comes. A batch is learned from
-    once all its labels are known, which can be after requests that come later were scored. Where
-    that is too late for a stage before the test period, the batch is left out.
+    Batches of the test period are scored when their first request comes. A batch whose labels are
+    all known by the first of these is learned from whole, any other in two parts: of the clicks,
+    after its last request, and of the rest, when that is known, before which others are scored.
     """
-    tested = TEST in stage.periods
-    end = None if tested or not data.steps(TEST) else data.times(TEST, 0)[0]
+    start = data.times(TEST, 0)[0] if data.steps(TEST) else None
     found = []
     for period in stage.periods:
         for at in range(data.steps(period)):
-            asked, known = data.times(period, at)
+            first, last, known = data.times(period, at)
             if period == TEST:
-                found.append((asked, Move(False, period, at)))
-            if (period != TEST or stream) and (end is None or known < end):
-                found.append((known, Move(True, period, at)))
-    return [move for _, move in sorted(found, key=lambda one: (one[0], one[1].learns))]
+                found.append((first, 0, Move(SCORE, period, at)))
+            if start is None or known < start:
+                found.append((last, 1, Move(LEARN, period, at)))
+            elif period != TEST or stream:
+                found.append((last, 1, Move(CLICKS, period, at)))
+                found.append((known, 1, Move(REST, period, at)))
+    if TEST not in stage.periods:  # it is over before
+        found = [one for one in found if start is None or one[0] < start]
+    return [move for _, _, move in sorted(found, key=lambda one: one[:2])]
 
 
 def stage_key(data: Material, row: Row, depth: int, settings: Settings, seed: int) -> str:
