@@ -60,12 +60,17 @@ class HandMade:
     mean, deviation = torch.zeros(SIZES.features), torch.ones(SIZES.features)
     codebooks = None
 
-    def __init__(self, steps=3, requests=6):
-        self.count, self.requests = steps, requests
+    def __init__(self, steps=3, requests=6, wait=15):
+        self.count, self.requests, self.wait = steps, requests, wait
 
     def steps(self, period):
         """Return how many batches a period has."""
         return self.count
+
+    def times(self, period, step):
+        """Return when a batch begins, ten after the one before, when it ends and is known."""
+        first = 10 * (period * self.count + step)
+        return first, first + 9, first + 9 + self.wait
 
     def batch(self, period, step):
         """Return one of them."""

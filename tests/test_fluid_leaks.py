@@ -6,7 +6,7 @@ from fluid_batches import MODEL, SIZES, TRAIN, HandMade, make_batch
 
 from livrec_fast.systems.fluid.ranker import Ranker
 from livrec_fast.systems.fluid.recipes import ROWS
-from livrec_fast.systems.fluid.training import Settings, Trainer, new_trainer
+from livrec_fast.systems.fluid.training import LEARN, Move, Settings, Trainer, new_trainer
 
 ID_FREE = ("none", "replace", "faded", "fluid")
 WITH_ID = ("id", "concat", "learnable gate", "feature gate", "em3", "late", "all")
@@ -37,7 +37,7 @@ def trained(fusion, permute=False):
             data.batch = lambda period, at: permuted(at)[1]
         else:
             data.batch = lambda period, at: permuted(at)[0]
-        trainer.step(0, step)
+        trainer.step(Move(LEARN, 0, step))
     return model
 
 

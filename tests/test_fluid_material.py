@@ -99,7 +99,10 @@ def test_the_latest_requests_before_the_split_and_the_first_after_it(data):
         Material(replace(SOURCE, most=5), SETTINGS, 0)
 
 
-@pytest.mark.parametrize("name", ["user", "room", "author", "ts", "kind", "pos", "room_author"])
+COLUMNS = ("user", "room", "author", "ts", "kind", "pos", "room_author", "slice_room", "slice_t1")
+
+
+@pytest.mark.parametrize("name", COLUMNS)
 def test_another_log_has_another_key(data, name, monkeypatch):
     column = getattr(data.log, name).copy()
     column[len(column) // 2] ^= 1
@@ -109,6 +112,15 @@ def test_another_log_has_another_key(data, name, monkeypatch):
     monkeypatch.setattr(data, "log", replace(data.log, **{name: column}))
     monkeypatch.setattr(data, "key", data._digest())
     assert stage_key(data, ROWS["base"], 1, SETTINGS, 0) != before
+
+
+def test_codebooks_of_another_scale_have_another_key_though_codes_are_the_same(data, monkeypatch):
+    log = replace(data.log, slice_embedding=data.log.slice_embedding * np.float16(2))
+    monkeypatch.setattr(Source, "log", lambda source, seed: log)
+    other = Material(SOURCE, SETTINGS, 0)
+    np.testing.assert_array_equal(other.codes.slice_codes, data.codes.slice_codes)
+    assert not torch.equal(other.codebooks[0], data.codebooks[0])  # history tables start as these
+    assert other.key != data.key
 
 
 def test_other_sizes_bounds_or_formats_have_another_key(data, monkeypatch):

@@ -14,7 +14,7 @@ from fluid_batches import MODEL, TRAIN, HandMade
 
 from livrec_fast.systems.fluid import checkpoints
 from livrec_fast.systems.fluid.recipes import ROWS
-from livrec_fast.systems.fluid.training import Settings, stage_steps, train_row
+from livrec_fast.systems.fluid.training import SCORE, Settings, moves, stage_steps, train_row
 
 ROOT = Path(__file__).parent.parent
 SETTINGS, ROW, STEPS = Settings(MODEL, TRAIN), ROWS["FLUID"], 5
@@ -109,8 +109,10 @@ def test_a_run_stopped_in_the_test_period_ends_with_the_same_bits(whole, tmp_pat
         train_row(data, ROW, SETTINGS, 0, tmp_path, stopping_after(every - left))
     (part,) = tmp_path.glob("*.part.*")
     tensors, facts = checkpoints.read(part)
-    tested = facts["done"] - STEPS  # of the stream's steps, those of period 4 come first
-    assert len(tensors.get("trace.logits", ())) == tested * data.requests > 0
+    done = moves(data, ROW.stages[-1], stream=True)[: facts["done"]]
+    scored = sum(move.what == SCORE for move in done)
+    assert len(tensors["trace.logits"]) == scored * data.requests > 0
+    assert len(tensors["trace.loss"]) == len(done) - scored > STEPS
     train_row(data, ROW, SETTINGS, 0, tmp_path)
     assert_same(whole, tmp_path)
 

@@ -36,6 +36,8 @@ class Requests:
         position: int64 [N, C], ms in the candidate's stream at that time.
         slice: int64 [N, C], the candidate's last complete slice, a row of the log's slices, or -1.
         labels: float32 [N, C, K], `TASKS`. mask: bool [N, C, K], where a label is known.
+        label_ts: int64 [N], what labels and mask follow from has happened by then: who learns from
+            them at that time or before knows what is still to come.
         history_end: int64 [N], how many events of the user there were strictly before `ts`.
         dense: float32 [N, C, F], `DENSE`, counted strictly before `ts`.
         age_s: float32 [N, C], seconds since the candidate's start.
@@ -50,6 +52,7 @@ class Requests:
     slice: Array
     labels: Array
     mask: Array
+    label_ts: Array
     history_end: Array
     dense: Array
     age_s: Array
@@ -211,6 +214,7 @@ def _assemble(
         slice=slice_at(log, room, drawn.position),
         labels=labels,
         mask=mask,
+        label_ts=ts + max(window, int(np.ceil(options.long_s * 1000))),
         history_end=drawn.history_end,
         dense=dense.astype(np.float32),
         age_s=age.astype(np.float32),

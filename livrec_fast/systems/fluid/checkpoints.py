@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._files import replacing
 
-FORMAT = "livrec_fast.fluid/3"  # to be raised when what is trained, or how it is kept, changes
+FORMAT = "livrec_fast.fluid/4"  # to be raised when what is trained, or how it is kept, changes
 _OLD = 3600  # seconds, after which nobody is still at writing a file
 
 

@@ -89,8 +89,8 @@ class TrainConfig:
     id from 1 to 0 over stage 2; "dropout" takes it from a growing share of the candidates.
     fade_share: of stage 2's steps, after which the id is gone. periods: shares of the training
     requests, in order of time, of the base's training, stage 1, 2 and 3 and the streaming training
-    after them; the test requests follow. stream: go on training through the test period, each batch
-    after it was scored. save_every: steps between checkpoints.
+    after them; the test requests follow. stream: go on training through the test period: on clicks
+    after each batch, on other labels when they are known. save_every: steps between checkpoints.
     """
 
     requests: int = 32

@@ -55,7 +55,8 @@ def views(logits: Array, asked: Requests, seconds: Array, tags: Array) -> dict[s
 
     A replay of the log in place of an online test: only the room that was entered is known to be
     watched, and for how long; any other counts as not watched. Cold-start rooms are the fifth of
-    the candidates with the fewest events of the room before, niche ones of the author.
+    the candidates with the fewest events of the room before, niche ones of the author; more of them
+    where as many as that are tied.
 
     Args:
         logits: [N, C], of clicks; of equal ones the last is shown, as the first was entered.

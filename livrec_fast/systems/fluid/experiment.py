@@ -45,7 +45,8 @@ def run_job(job: Job, tell: Tell = lambda seed, what, number: None) -> dict[str,
     torch.set_num_threads(1)
     data = Material(job.source, job.settings, job.seed)
     rows = [ROWS[name] for name in job.rows]
-    tell(job.seed, "total", sum(stage_steps(data, row.stages) for row in rows))
+    stream = job.settings.train.stream
+    tell(job.seed, "total", sum(stage_steps(data, row.stages, stream) for row in rows))
     stages = job.folder / "stages"
     found: dict[str, Any] = {"rows": {}, "data": data.facts()}
     traces = {}

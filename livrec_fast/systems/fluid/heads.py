@@ -31,13 +31,16 @@ class TaskHeads(nn.Module):
         return (towers * self.last).sum(2) + self.prior
 
 
-def task_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def task_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor, counted: Tensor | None = None
+) -> Tensor:
     """Return the cross-entropy of the known labels, summed over tasks, per candidate; all [..., K].
 
     Every label weighs the same: a task whose labels are known of a few candidates only, as those of
-    who enters, does not drown the others in its noise.
+    who enters, does not drown the others in its noise. counted: the mask that tells the number of
+    candidates, where `mask` is a part of that one.
     """
     known = mask.to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    rows = mask.any(-1).sum().clamp(min=1)
+    rows = (mask if counted is None else counted).any(-1).sum().clamp(min=1)
     return (losses * known).sum() / rows

@@ -124,9 +124,18 @@ class Material:
 
     def batch(self, period: int, step: int) -> Batch:
         """Return one of them."""
+        return self._feed.batch(np.arange(*self._rows(period, step)))
+
+    def times(self, period: int, step: int) -> tuple[int, int, int]:
+        """Return when a batch's first and last request come, and by when its labels are known."""
+        first, last = self._rows(period, step)
+        ts = self.asked.ts
+        return int(ts[first]), int(ts[last - 1]), int(self.asked.label_ts[last - 1])
+
+    def _rows(self, period: int, step: int) -> tuple[int, int]:
         first, last = self._bounds[period : period + 2]
         first += step * self.train.requests
-        return self._feed.batch(np.arange(first, min(first + self.train.requests, last)))
+        return first, min(first + self.train.requests, last)
 
     def tested(self) -> tuple[Array, Array, Array, Array]:
         """Return labels, mask, users and new rooms of the test period."""
@@ -171,7 +180,9 @@ class Material:
         log, codes = self.log, self.codes
         columns = [getattr(self.asked, field.name) for field in fields(Requests)]
         columns += [log.user, log.room, log.author, log.ts, log.kind, log.pos, log.room_author]
-        for array in (*columns, codes.slice_codes, codes.room_codes):
+        columns += [log.slice_room, log.slice_t1, codes.slice_codes, codes.room_codes]
+        columns += [book.numpy() for book in codes.quantizer.codebooks]  # of the history's tables
+        for array in columns:
             found.update(f"{array.dtype} {array.shape}".encode())
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()[:16]

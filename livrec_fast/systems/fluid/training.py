@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import checkpoints
 from .config import ModelConfig, Sizes, TrainConfig
+from .heads import task_loss
 from .optimizers import Optimizers
 from .ranker import Output, Ranker
 from .recipes import TEST, Row, Stage
@@ -40,6 +41,20 @@ class Material(Protocol):
     def batch(self, period: int, step: int) -> Batch:
         """Return one of them; they are in the order of time."""
 
+    def times(self, period: int, step: int) -> tuple[int, int, int]:
+        """Return when a batch's first and last request come, and by when its labels are known."""
+
+
+SCORE, LEARN, CLICKS, REST = "score", "learn", "clicks", "rest"
+
+
+class Move(NamedTuple):
+    """What is done with a batch: it is scored, or learned from, whole or in two parts."""
+
+    what: str
+    period: int
+    at: int
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -60,7 +75,7 @@ class Trainer:
         self.model, self.stage, self.train, self.data = model, stage, train, data
         self.optimizers, self.seed, self.done = Optimizers(model, train), seed, 0
         self.trace: dict[str, list[Tensor]] = defaultdict(list)
-        self.plan = [(p, at) for p in stage.periods for at in range(data.steps(p))]
+        self.plan = moves(data, stage, train.stream)
 
     def state(self) -> dict[str, Tensor]:
         """Return model, optimisers and what was noted so far."""
@@ -90,26 +105,42 @@ class Trainer:
         """Train to the stage's end, with a checkpoint every so many steps."""
         self.model.train()
         while self.done < len(self.plan):
-            self.step(*self.plan[self.done])
+            self.step(self.plan[self.done])
             self.done += 1
             if self.done % self.train.save_every == 0 and self.done < len(self.plan):
                 checkpoints.write(checkpoint, self.state(), done=self.done)
             on_step(1)
 
-    def step(self, period: int, at: int) -> None:
-        """Score a batch, if it is of the test period, and learn from it."""
-        batch = self.data.batch(period, at)
-        learns = period != TEST or self.train.stream
-        with torch.set_grad_enabled(learns):
-            output = self.model(batch, self._id_scale(at, batch))
-            loss = self.model.loss(output, batch)
-        if period == TEST:
+    def step(self, move: Move) -> None:
+        """Score a batch and note that, or learn from it."""
+        batch = self.data.batch(move.period, move.at)
+        with torch.set_grad_enabled(move.what != SCORE):
+            output = self.model(batch, self._id_scale(move.at, batch))
+        if move.what == SCORE:
             self._note(output)
-        if learns:
-            self.optimizers.zero()
-            loss.backward()
-            self.optimizers.step()
+            return
+        loss = self._loss(output, batch, move.what)
+        self.optimizers.zero()
+        loss.backward()
+        self.optimizers.step()
         self.trace["loss"].append(loss.detach()[None])
+
+    def _loss(self, output: Output, batch: Batch, what: str) -> Tensor:
+        """Return the loss by all labels, by what a request itself tells, or by the rest of them.
+
+        Which room was entered is known at once; that another one will not be entered soon, for
+        which some candidates are masked, is not.
+        """
+        if what == LEARN:
+            return self.model.loss(output, batch)
+        part = batch.mask.clone()
+        if what == REST:
+            part[..., 0] = False
+            return task_loss(output.logits, batch.labels, part, counted=batch.mask)
+        part[..., 1:] = False
+        part[..., 0] = batch.room != batch.room[:, :1]  # the others fill up
+        part[:, 0, 0] = True
+        return task_loss(output.logits, batch.labels, part) + output.extra
 
     def _note(self, output: Output) -> None:
         self.trace["logits"].append(output.logits.detach().clone())
@@ -128,6 +159,30 @@ class Trainer:
             return left
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + at)
         return (torch.rand(batch.author.shape, generator=generator) < left).float()
+
+
+def moves(data: Material, stage: Stage, stream: bool) -> list[Move]:
+    """Return the moves of a stage, in the order in which they can be made as time goes by.
+
+    Batches of the test period are scored when their first request comes. A batch whose labels are
+    all known by the first of these is learned from whole, any other in two parts: of the clicks,
+    after its last request, and of the rest, when that is known, before which others are scored.
+    """
+    start = data.times(TEST, 0)[0] if data.steps(TEST) else None
+    found = []
+    for period in stage.periods:
+        for at in range(data.steps(period)):
+            first, last, known = data.times(period, at)
+            if period == TEST:
+                found.append((first, 0, Move(SCORE, period, at)))
+            if start is None or known < start:
+                found.append((last, 1, Move(LEARN, period, at)))
+            elif period != TEST or stream:
+                found.append((last, 1, Move(CLICKS, period, at)))
+                found.append((known, 1, Move(REST, period, at)))
+    if TEST not in stage.periods:  # it is over before
+        found = [one for one in found if start is None or one[0] < start]
+    return [move for _, _, move in sorted(found, key=lambda one: one[:2])]
 
 
 def stage_key(data: Material, row: Row, depth: int, settings: Settings, seed: int) -> str:
@@ -183,7 +238,7 @@ def train_row(
             trainer.run(paths["part"], on_step)
             _finish(trainer, paths, keep=not last or row.kept, row=row.name, seed=seed)
         else:
-            on_step(stage_steps(data, row.stages[depth - 1 : depth]))
+            on_step(stage_steps(data, row.stages[depth - 1 : depth], settings.train.stream))
         before = paths["model"]
     return paths["trace"]
 
@@ -198,6 +253,6 @@ def _finish(trainer: Trainer, paths: dict[str, Path], keep: bool, **facts: int |
     paths["part"].unlink(missing_ok=True)
 
 
-def stage_steps(data: Material, stages: Sequence[Stage]) -> int:
-    """Return how many steps stages have."""
-    return sum(data.steps(period) for stage in stages for period in stage.periods)
+def stage_steps(data: Material, stages: Sequence[Stage], stream: bool = True) -> int:
+    """Return how many moves stages have."""
+    return sum(len(moves(data, stage, stream)) for stage in stages)
