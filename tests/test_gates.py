@@ -90,6 +90,7 @@ def cpu_objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
 
 
 @needs_binutils
+@pytest.mark.xdist_group("cpu_objects")
 def test_cpu_objects_have_no_weak_symbols(cpu_objects):
     """The linker keeps one copy of a weak symbol for all levels, and it may be that of AVX-512."""
     for key, path in cpu_objects.items():
@@ -99,6 +100,7 @@ def test_cpu_objects_have_no_weak_symbols(cpu_objects):
 
 
 @needs_binutils
+@pytest.mark.xdist_group("cpu_objects")
 def test_cpu_objects_use_their_own_instruction_set(cpu_objects):
     for (op, level), path in cpu_objects.items():
         command = ["objdump", "-d", "--no-show-raw-insn", str(path)]

@@ -154,7 +154,7 @@ SIZES = {
 }  # fmt: skip
 _PLAIN = {"rows": 50, "kind": 0, "hash": 0, "pack": 0, "odd": 0}
 _ONE = dict.fromkeys(("B", "C", "L", "F", "N", "H", "d", "dv"), 1) | {"bias": 0}
-_TYPICAL = {"B": 4, "C": 4, "L": 50, "F": 3, "N": 31, "H": 2, "d": 16, "dv": 24, "bias": 2}
+_TYPICAL = {"B": 6, "C": 4, "L": 50, "F": 3, "N": 31, "H": 2, "d": 16, "dv": 24, "bias": 2}
 _TYPICAL = {**_TYPICAL, **_PLAIN}
 CASES = {
     "typical": _TYPICAL,

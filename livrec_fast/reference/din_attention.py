@@ -126,7 +126,7 @@ _SIZES = {
     "layers": (1, 3), "activation": (0, 4), "softmax": (0, 1), "jagged": (0, 1),
 }  # fmt: skip
 _TYPICAL = {
-    "B": 4, "C": 2, "L": 40, "d": 16, "dv": 0, "h": 20, "layers": 2, "activation": 0, "softmax": 0,
+    "B": 5, "C": 4, "L": 40, "d": 16, "dv": 0, "h": 20, "layers": 2, "activation": 0, "softmax": 0,
     "jagged": 0,
 }  # fmt: skip
 _CASES: dict[str, dict[str, int]] = {
@@ -144,7 +144,7 @@ _CASES: dict[str, dict[str, int]] = {
     "dice": _TYPICAL | {"activation": 4, "dv": 5},
     "dice, softmax": _TYPICAL | {"activation": 4, "softmax": 1, "layers": 1, "h": 5},
     "long": _TYPICAL | {"B": 2, "L": 700, "C": 2},
-    "many users": _TYPICAL | {"B": 20, "L": 9, "dv": 3, "softmax": 1},
+    "many users": _TYPICAL | {"B": 20, "C": 2, "L": 9, "dv": 3, "softmax": 1},
     "many candidates": _TYPICAL | {"B": 2, "C": 35, "d": 32, "h": 40},
 }
 ORACLES = {"din_attention": Oracle(din_attention, make_inputs, _SIZES, _CASES)}

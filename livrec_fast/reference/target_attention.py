@@ -152,7 +152,7 @@ _SIZES = {
     "B": (0, 5), "C": (0, 5), "L": (0, 40), "H": (1, 3), "d": (1, 20), "dv": (1, 20),
     "bias": (0, 2), "activation": (0, 3), "jagged": (0, 1),
 }  # fmt: skip
-_TYPICAL = {"B": 4, "C": 4, "L": 50, "H": 2, "d": 16, "dv": 24, "bias": 2}
+_TYPICAL = {"B": 6, "C": 4, "L": 50, "H": 2, "d": 16, "dv": 24, "bias": 2}
 _CASES = {
     "typical": _TYPICAL,
     "no users": {"B": 0, "C": 3, "L": 5, "H": 2, "d": 8, "dv": 8, "bias": 1},

@@ -72,7 +72,7 @@ _SHARED_SIZES = {
     "activation": (0, 3), "jagged": (0, 1),
 }  # fmt: skip
 _SIZES = _SHARED_SIZES | {"d": (1, 20), "dv": (1, 20)}
-_TYPICAL = {"B": 4, "C": 4, "L": 50, "H": 2, "D": 24, "d": 16, "dv": 12, "bias": 2}
+_TYPICAL = {"B": 6, "C": 4, "L": 50, "H": 2, "D": 24, "d": 16, "dv": 12, "bias": 2}
 _SHARED = {
     "typical": _TYPICAL | {"D": 16},
     "no users": _TYPICAL | {"B": 0, "bias": 1},
