@@ -303,7 +303,7 @@ class Gradient {
 
   template <typename Visit>
   void each_row(int64_t count, const Visit& visit) const {
-    const int64_t size = call_.heads * (call_.dim + call_.value_dim);
+    const int64_t size = std::max<int64_t>(1, call_.heads * (call_.dim + call_.value_dim));
     torch::stable::parallel_for(0, count, std::max<int64_t>(1, kLittleSums / size),
                                 [&](int64_t begin, int64_t end) {
                                   std::vector<float> space;

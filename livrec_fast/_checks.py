@@ -28,16 +28,12 @@ def check_tensor(
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype)[6:] for dtype in dtypes)
         raise TypeError(f"{name}: dtype must be one of {allowed}, got {str(value.dtype)[6:]}")
-    have = value.shape
-    fits = len(have) == len(shape)
-    if fits:
-        for size, want in zip(have, shape, strict=True):
-            if not isinstance(want, str) and size != want:
-                fits = False
-                break
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
     if not fits:
         wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name}: shape must be [{wanted}], got {list(have)}")
+        raise ValueError(f"{name}: shape must be [{wanted}], got {list(value.shape)}")
 
 
 def check_same(what: str, **tensors: Tensor | None) -> None:

@@ -115,7 +115,7 @@ def varlen_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("kind", ["alike", "jagged"])
 def test_varlen_is_given_rows_as_they_come(kind, training, monkeypatch):
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="comes with torch 2.10")
     monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
     case = attention_case(kind, training)
     inputs = case.make()

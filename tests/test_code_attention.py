@@ -205,3 +205,18 @@ def test_takes_a_parameter_list_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = code_attention(**inputs | {"q": inputs["q"].bfloat16()})
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", [("q",), ("q", "key 1"), ("value 0", "key 2"), ("bias",)])
+def test_gradients_that_are_wanted_are_those_of_all(wanted):
+    made = _inputs(torch.float32)
+    names = ["q", "bias", *(f"{kind} {at}" for kind in ("key", "value") for at in range(3))]
+    every, found = dict(zip(names, _leaves(made), strict=True)), {}
+    for asked in (tuple(names), wanted):
+        for name, tensor in every.items():
+            tensor.requires_grad_(name in asked)
+        loss = code_attention(**made)[0].square().sum()
+        grads = torch.autograd.grad(loss, [every[name] for name in asked])
+        found[asked] = dict(zip(asked, grads, strict=True))
+    for name, grad in found[wanted].items():
+        assert grad.any() and grad.equal(found[tuple(names)][name])
