@@ -77,13 +77,14 @@ def cpu_objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
     folder = tmp_path_factory.mktemp("objects")
     with mock.patch("setuptools.setup"):
         setup = runpy.run_path(str(gates.ROOT / "setup.py"))
+    compiler = os.environ.get("CXX", "g++").split()
     objects, commands = {}, []
     for level, level_flags in setup["ISA_FLAGS"].items():
         for source in setup["sources_of"](level):
             output = folder / f"{source.stem}.{level}.o"
             objects[source.stem.removesuffix("_cpu"), level] = output
             flags = [*setup["OBJECT_FLAGS"], f"-DLIVREC_ISA={level}", *level_flags]
-            commands.append(["g++", "-c", str(source), "-o", str(output), *flags])
+            commands.append([*compiler, "-c", str(source), "-o", str(output), *flags])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: subprocess.run(command, check=True), commands))
     return objects
