@@ -15,20 +15,29 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
-MATRIX_INSTRUCTION = r"\bHG?MMA\b"  # mma, or wgmma from sm_90 on
+# mma, or wgmma from sm_90 on, of 16-bit floats or TF32: in what Triton gives ptxas, and on the chip
+MATRIX_INSTRUCTION = r"\b(?:wgmma\.mma_async|mma)\.sync\S*\.(?:f16|bf16|tf32)\b"
+MATRIX_INSTRUCTION_OF_CHIP = r"\bHG?MMA\b"
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A kernel compiled for one chip. local: bytes of local memory per thread, where spills go."""
 
+    name: str
     label: str
     arch: int
     matrix: bool
     local: int
     shared: int
     registers: int
-    sass: str
+    ptx: str
+    cubin: bytes
+
+    @property
+    def sass(self) -> str:
+        """Disassemble it, which takes as long as half a compilation."""
+        return _dump(self.cubin, "-sass")
 
 
 def triton_modules() -> list[str]:
@@ -127,9 +136,10 @@ def compile_triton(
     own = {name: v for name, v in options.items() if name not in ("matrix", "oldest", "newest")}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=own)
     label = f"{kernel.__name__}({types}, {constants}, {own}) on sm_{arch}"
-    told = _dump(built.asm["cubin"])
+    ptx, cubin = built.asm["ptx"], built.asm["cubin"]
+    told = _dump(cubin, "-res-usage")
     used = _total(r"(?:STACK|LOCAL):(\d+)", told), built.metadata.shared, _total(r"REG:(\d+)", told)
-    return Compiled(label, arch, options["matrix"], *used, told)
+    return Compiled(kernel.__name__, label, arch, options["matrix"], *used, ptx, cubin)
 
 
 def compile_cuda(source: Path, arch: str, folder: Path) -> str:
@@ -175,12 +185,12 @@ def _cuobjdump() -> str:
     return found
 
 
-def _dump(cubin: bytes) -> str:
-    """Return what a kernel uses, and its instructions."""
+def _dump(cubin: bytes, what: str) -> str:
+    """Return what cuobjdump tells of a kernel: what it uses, or its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_cuobjdump(), "-res-usage", "-sass", file.name]
+        command = [_cuobjdump(), what, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
