@@ -1,8 +1,11 @@
 """Every op, found by itself: a test that asks for `subject` gets each op, `target` its backends."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +52,31 @@ def python(*arguments, path=ROOT, cwd=ROOT, **variables):
     return subprocess.run(command, env=given, cwd=cwd, capture_output=True, text=True)
 
 
+@cache
+def forks():
+    """Start, once in a test process, what runs pieces of Python in Triton's interpreter."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    given = {k: v for k, v in os.environ.items() if not k.startswith("LIVREC_")}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "forks.py"], cwd=ROOT, env=given | {"PYTHONPATH": path},
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def in_tritons_interpreter(piece):
+    """Run a piece of Python in a process of its own, where Triton's kernels are interpreted."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        print(json.dumps([piece, *map(str, files)]), file=forks().stdin, flush=True)
+        answer = forks().stdout.readline()
+        assert answer, "tests/forks.py has ended"
+        printed = [file.read_text() if file.exists() else "" for file in files]
+    return subprocess.CompletedProcess(piece, int(answer), *printed)
+
+
 def run_in_tritons_interpreter(edge):
-    """Run a function of a test module, on one thread, where Triton's kernels are interpreted."""
-    program = (
-        f"import interpreter, {edge.__module__} as tests, torch; torch.set_num_threads(1)\n"
-        f"tests.{edge.__name__}()"
-    )
-    done = python(program, path=f"{ROOT}:{ROOT / 'tests'}")
+    """Run a function of a test module where Triton's kernels are interpreted."""
+    done = in_tritons_interpreter(f"import {edge.__module__} as tests; tests.{edge.__name__}()")
     assert done.returncode == 0, done.stderr
 
 

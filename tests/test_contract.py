@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, SUBJECTS, python
+from conftest import SUBJECTS, in_tritons_interpreter, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,11 +144,10 @@ def test_gradients_are_not_trivial(subject):
     "name", [n for n, s in SUBJECTS.items() if "triton" in [b.name for b in s.op.backends]]
 )
 def test_triton_in_its_interpreter(name):
-    program = (
-        "import interpreter, json; from livrec_fast.testing import validate; "
+    done = in_tritons_interpreter(
+        "import json; from livrec_fast.testing import validate; "
         f"print(json.dumps(validate({name!r}, 'triton')))"
     )
-    done = python(program, path=f"{ROOT}:{ROOT / 'tests'}")
     assert done.returncode == 0, done.stderr
     (row,) = [row for row in json.loads(done.stdout) if row["device"] == "cpu"]
     assert row["checks"] > 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import in_tritons_interpreter, python
 from torch import Tensor
 
 from livrec_fast import BackendError, residual_kmeans_decode, residual_kmeans_encode
@@ -129,12 +129,11 @@ def bad_rows_get_codes_in_range():
 
 
 def test_edges_in_tritons_interpreter():
-    program = (
-        "import interpreter, test_residual_kmeans as tests, torch; torch.set_num_threads(1)\n"
+    done = in_tritons_interpreter(
+        "import test_residual_kmeans as tests\n"
         "for edge in tests.EDGES: edge('triton'); print(edge.__name__)\n"
         "tests.bad_rows_get_codes_in_range()"
     )
-    done = python(program, path=f"{ROOT}:{ROOT / 'tests'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [edge.__name__ for edge in EDGES]
 
