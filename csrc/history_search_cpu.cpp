@@ -98,18 +98,21 @@ struct Above {
 
   template <int N, int V>
   void run() const {
-    static_assert(N * V <= 64, "a bit for each");
+    static_assert(64 % (N * V) == 0, "no item's marks in two words");
+    constexpr int64_t kEach = 64 / (N * V);
     typename Lanes<N>::V bounds[V];
     typename Lanes<N>::I strange{};
     for (int v = 0; v < V; ++v) bounds[v] = read<N>(least + v * N);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t first = 0; first < count; first += kEach) {
+      const int64_t some = first + kEach <= count ? kEach : count - first;
       uint64_t bits = 0;
-      for (int v = 0; v < V; ++v) {
-        const auto score = read<N>(scores + i * (N * V) + v * N);
-        strange |= (score - score) != 0.0f;
-        bits |= static_cast<uint64_t>(bits_of_lanes<N>(score >= bounds[v])) << (v * N);
-      }
-      marks[i] = bits;
+      for (int64_t i = 0; i < some; ++i)
+        for (int v = 0; v < V; ++v) {
+          const auto score = read<N>(scores + ((first + i) * V + v) * N);
+          strange |= (score - score) != 0.0f;
+          bits |= static_cast<uint64_t>(bits_of_lanes<N>(score >= bounds[v])) << ((i * V + v) * N);
+        }
+      marks[first / kEach] = bits;
     }
     *odd = bits_of_lanes<N>(strange) != 0;
   }

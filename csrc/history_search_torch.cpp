@@ -1,5 +1,7 @@
 #include "history_search_torch.h"
 
+#include <cmath>
+#include <iterator>
 #include <tuple>
 
 #include "buffers_torch.h"
@@ -141,61 +143,103 @@ class CodeScores {
   Buffer query_, space_, products_, lanes_;
 };
 
-// What a block of scores holds that may be among the best: shown to those who ask, item by item.
-class Block {
+// Items of a user's history, scored for a block of candidates and shown to those who keep the best.
+template <typename Scores>
+class Shown {
  public:
-  Block(const Search& search, const CodeShape& shape) : search_(search), shape_(shape) {
-    scores = scores_.of(kSearchBlock * shape.width());
-    least_ = least_space_.of(shape.width());
-  }
+  Shown(const Search& search, Scores& scores, int64_t user)
+      : search_(search),
+        scores_(scores),
+        width_(scores.shape.width()),
+        shift_(__builtin_ctzll(static_cast<uint64_t>(width_))),
+        first_candidate_(user * search.candidates),
+        start_(search.offsets.data[user]),
+        block_(block_space_.of(kSearchBlock * width_)),
+        least_(least_space_.of(width_)) {}
 
-  // Items [begin, end) for candidates [first, last) of a user; returns whether any score is odd.
-  bool show(int64_t user, int64_t begin, int64_t end, int64_t first, int64_t last,
-            std::vector<TopK>& best) {
-    const int64_t start = search_.offsets.data[user], width = shape_.width();
-    for (int64_t w = 0; w < width; ++w)
-      least_[w] = first + w < last ? best[static_cast<size_t>(first + w)].least() : INFINITY;
-    const bool odd = LIVREC_CALL(search_above, shape_, scores, end - begin, least_, marks_);
-    for (int64_t c = first; c < last; ++c) best[static_cast<size_t>(c)].expect(end - begin);
-    for (int64_t i = end - begin - 1; i >= 0; --i)
-      for (uint64_t marks = marks_[i]; marks != 0; marks &= marks - 1) {
-        const int64_t w = __builtin_ctzll(marks), c = first + w;
-        if (!search_.masks.any() || search_.masks.may(begin + i, user * search_.candidates + c))
-          best[static_cast<size_t>(c)].show(scores[i * width + w], begin - start + i);
-      }
-    for (int64_t c = first; c < last; ++c) best[static_cast<size_t>(c)].settle();
+  // Of items [from, to) the last `most` of every kSearchBlock, the latest first, to those of
+  // candidates [first, first + best.size()) who want to see them. Returns whether any score is odd.
+  bool show(int64_t from, int64_t to, int64_t most, int64_t first, std::vector<TopK>& best,
+            const std::vector<bool>& wanting) {
+    bool odd = false;
+    for (int64_t end = to; end > from; end -= kSearchBlock)
+      odd |= block(std::max(from, end - most), end, first, best, wanting);
     return odd;
   }
 
-  float* scores;  // [items, width]
-
  private:
+  bool block(int64_t begin, int64_t end, int64_t first, std::vector<TopK>& best,
+             const std::vector<bool>& wanting) {
+    const auto count = static_cast<int64_t>(best.size());
+    for (int64_t w = 0; w < width_; ++w) {
+      const auto c = static_cast<size_t>(w);
+      least_[w] = w < count && wanting[c] ? best[c].least() : INFINITY;
+    }
+    scores_.score(begin, end, block_);
+    const bool odd = LIVREC_CALL(search_above, scores_.shape, block_, end - begin, least_, marks_);
+    for (TopK& one : best) one.expect(end - begin);
+    const int64_t bits = (end - begin) * width_;
+    for (int64_t word = (bits + 63) / 64 - 1; word >= 0; --word)
+      for (uint64_t marks = marks_[word]; marks != 0;) {
+        const int64_t bit = 63 - __builtin_clzll(marks), at = word * 64 + bit;
+        marks ^= uint64_t{1} << bit;
+        const int64_t item = begin + (at >> shift_), w = at & (width_ - 1);
+        if (!search_.masks.any() || search_.masks.may(item, first_candidate_ + first + w))
+          best[static_cast<size_t>(w)].show(block_[at], item - start_);
+      }
+    for (TopK& one : best) one.settle();
+    return odd;
+  }
+
   const Search& search_;
-  const CodeShape shape_;
-  Buffer scores_, least_space_;
-  float* least_;
+  Scores& scores_;
+  const int64_t width_, shift_;  // candidates of a block: a power of two
+  const int64_t first_candidate_, start_;
+  Buffer block_space_, least_space_;
+  float *const block_, *const least_;
   uint64_t marks_[kSearchBlock];
 };
+
+// The best `wanted` of items [from, to) for each of `count` candidates from `first` on.
+template <typename Scores>
+std::vector<TopK> best_of(Shown<Scores>& shown, int64_t from, int64_t to, int64_t first,
+                          int64_t count, int64_t wanted, bool sampled, bool& odd) {
+  std::vector<TopK> best(static_cast<size_t>(count), TopK(wanted));
+  std::vector<bool> wanting(best.size(), true);
+  if (sampled && to - from >= 4 * (wanted + kSearchBlock)) {
+    // The best of the sample at this rank is almost surely below the best that are wanted.
+    const double expected = static_cast<double>(wanted) * kSearchSample / kSearchBlock;
+    const auto rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
+    std::vector<TopK> sample(best.size(), TopK(rank));
+    shown.show(from, to, kSearchSample, first, sample, wanting);
+    for (size_t c = 0; c < best.size(); ++c) best[c].start_from(sample[c].last());
+    odd |= shown.show(from, to, kSearchBlock, first, best, wanting);
+    for (size_t c = 0; c < best.size(); ++c)
+      if ((wanting[c] = best[c].found() < wanted)) best[c] = TopK(wanted);
+    if (std::none_of(wanting.begin(), wanting.end(), [](bool one) { return one; })) return best;
+  }
+  odd |= shown.show(from, to, kSearchBlock, first, best, wanting);
+  return best;
+}
 
 // The best of items [from, to) of a user's history, candidate by candidate.
 template <typename Scores>
 std::vector<TopK> best_of(const Search& search, Scores& scores, int64_t user, int64_t from,
                           int64_t to, FirstBad& first_bad, std::atomic<bool>& odd) {
-  std::vector<TopK> best(static_cast<size_t>(search.candidates),
-                         TopK(std::min(search.k, search.length(user))));
-  if (from == to || search.candidates == 0) return best;
+  const int64_t wanted = std::min(search.k, search.length(user));
+  if (from == to || search.candidates == 0)
+    return std::vector<TopK>(static_cast<size_t>(search.candidates), TopK(wanted));
+  std::vector<TopK> best;
   scores.begin(user, from, to, first_bad);
-  Block block(search, scores.shape);
+  Shown<Scores> shown(search, scores, user);
+  bool strange = false;
   for (int64_t first = 0; first < search.candidates; first += scores.shape.width()) {
     scores.candidates_from(first);
-    const int64_t last = std::min(search.candidates, first + scores.shape.width());
-    for (int64_t end = to; end > from;) {
-      const int64_t begin = std::max(from, end - kSearchBlock);
-      scores.score(begin, end, block.scores);
-      if (block.show(user, begin, end, first, last, best)) odd = true;
-      end = begin;
-    }
+    const int64_t count = std::min(search.candidates - first, scores.shape.width());
+    auto some = best_of(shown, from, to, first, count, wanted, !search.masks.any(), strange);
+    std::move(some.begin(), some.end(), std::back_inserter(best));
   }
+  if (strange) odd = true;
   return best;
 }
 

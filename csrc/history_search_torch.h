@@ -129,6 +129,18 @@ class TopK {
     if (used_ >= 2 * k_ + 2 * kSearchBlock) cut();
   }
 
+  // From now on scores below `bound` are as if they had not been shown; before any is.
+  void start_from(float bound) { least_ = number(bound, 0) - 1; }
+
+  int64_t found() const { return used_; }
+
+  // The least of the k best; -inf where there are fewer.
+  float last() {
+    if (used_ > k_) cut();
+    return used_ < k_ ? -INFINITY
+                      : score(*std::min_element(numbers_.begin(), numbers_.begin() + k_));
+  }
+
   // Scores below it need not be shown.
   float least() const { return least_ == 0 ? -INFINITY : score(least_); }
 
@@ -142,7 +154,7 @@ class TopK {
   // The best first; past them, up to `count`, -inf and -1.
   void write(int64_t count, float* scores, int64_t* positions) {
     if (used_ > k_) cut();
-    std::sort(numbers_.begin(), numbers_.begin() + used_, std::greater<uint64_t>());
+    sort();
     for (int64_t i = 0; i < count; ++i) {
       scores[i] = i < used_ ? score(numbers_[static_cast<size_t>(i)]) : -INFINITY;
       positions[i] =
@@ -157,6 +169,28 @@ class TopK {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+  }
+
+  // The greatest first. By buckets of equal width, in which little is left to compare: branches on
+  // what is not sorted at all are wrong every other time.
+  void sort() {
+    if (used_ < 2) return;
+    constexpr int kBits = 8, kBuckets = 1 << kBits;
+    const auto [least, greatest] = std::minmax_element(numbers_.begin(), numbers_.begin() + used_);
+    const uint64_t top = *greatest, range = top - *least;
+    const int shift = std::max(0, 64 - __builtin_clzll(range) - kBits);
+    int64_t ends[kBuckets] = {};
+    for (int64_t i = 0; i < used_; ++i) ++ends[(top - numbers_[static_cast<size_t>(i)]) >> shift];
+    for (int64_t b = 0, sum = 0; b < kBuckets; ++b) sum += ends[b], ends[b] = sum - ends[b];
+    rest_.resize(numbers_.size());
+    for (int64_t i = 0; i < used_; ++i) {
+      const uint64_t one = numbers_[static_cast<size_t>(i)];
+      rest_[static_cast<size_t>(ends[(top - one) >> shift]++)] = one;
+    }
+    rest_.swap(numbers_);
+    for (int64_t b = 0, begin = 0; b < kBuckets; begin = ends[b++])
+      if (ends[b] - begin > 1)
+        std::sort(numbers_.begin() + begin, numbers_.begin() + ends[b], std::greater<uint64_t>());
   }
 
   // Keeps the k greatest. Quickselect whose partition has no branches: those of std::nth_element

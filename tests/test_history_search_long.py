@@ -40,3 +40,16 @@ def test_finds_what_sorting_finds(function, distinct, threads):
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=0)
     assert torch.equal(found[1], wanted[1])
     assert (found[0][..., 1:] <= found[0][..., :-1]).all() and found[1].unique().numel() >= K
+
+
+def test_a_sample_that_misleads_loses_nothing():
+    """The kernel scores the last 8 of 64 items first: there lie 188 of the first query's best."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randint(10_000, (LENGTH, 2), generator=generator).float()
+    sampled = (LENGTH - 1 - torch.arange(LENGTH)) % 64 < 8
+    scores[sampled.nonzero()[::20], 0] += 10_000
+    offsets, query = torch.tensor([0, LENGTH]), torch.eye(2)[None]
+    found, positions = history_search(query, scores, offsets, K, backend="native")
+    order = torch.argsort(scores.flip(0), dim=0, descending=True, stable=True)[:K]
+    assert torch.equal(positions[0], (LENGTH - 1 - order).T)
+    assert torch.equal(found[0], scores.gather(0, LENGTH - 1 - order).T)
