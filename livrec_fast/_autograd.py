@@ -33,6 +33,11 @@ def tensors_of(args: Sequence[Any]) -> list[Any]:
     return [item for items in lists for item in items if _is_slot(item)]
 
 
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """Return the first tensor among operator arguments."""
+    return next(iter(tensors_of(args[:1]) or tensors_of(args)))
+
+
 def with_tensors(args: Sequence[Any], tensors: Iterable[Any]) -> list[Any]:
     """Return `args` with their tensors replaced, in order, by `tensors`."""
     supply = iter(tensors)

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._autograd import plain_torch, recompute_backward, register_gradient, slots_of, tensors_of
+from ._autograd import (
+    first_tensor,
+    plain_torch,
+    recompute_backward,
+    register_gradient,
+    slots_of,
+    tensors_of,
+)
 from ._checks import autocast_is_on
 
 _LIBRARY = torch.library.Library("livrec", "FRAGMENT")
@@ -81,11 +88,12 @@ class Op:
         self.schema = torch._C.parse_schema(f"{name}{schema}")
         self.mutates = [a.name for a in self.schema.arguments if a.is_write]
         self.lower = [argument.name in autocast for argument in self.schema.arguments]
+        self.lowers = any(self.lower)
         self.recorded: dict[str, type[torch.autograd.Function]] = {}
 
         def run_reference(*args: Any) -> Any:
             check_values(*args)
-            with plain_torch(tensors_of(args)[0].device), torch.no_grad():
+            with plain_torch(first_tensor(args).device), torch.no_grad():
                 return reference(*args)
 
         recompute = recompute_backward(reference)
@@ -153,7 +161,7 @@ class Op:
         return chosen
 
     def _cast(self, args: Sequence[Any]) -> Sequence[Any]:
-        if not any(self.lower) or not autocast_is_on(device := tensors_of(args)[0].device.type):
+        if not self.lowers or not autocast_is_on(device := first_tensor(args).device.type):
             return args
         dtype = torch.get_autocast_dtype(device)
 

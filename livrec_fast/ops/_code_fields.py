@@ -64,9 +64,9 @@ def check_rows(
             if given:
                 raise ValueError(f"levels: needed with {name}={given!r}, got None")
         levels = [table.shape[0] for table in tables]
-    depth = len(check_levels(levels))
-    if depth != len(tables):
-        raise ValueError(f"levels: must be one per table, {len(tables)}, got {depth}")
+    elif len(check_levels(levels)) != len(tables):
+        raise ValueError(f"levels: must be one per table, {len(tables)}, got {len(levels)}")
+    depth = len(levels)
     if groups is None:
         groups = [depth] if prefix else [1] * depth
     sizes, parts = check_arguments(codes, levels, "sum", hashing, groups, packed, "T")
@@ -86,11 +86,11 @@ def _check_tables(
     dv: int | str = "dv"  # until the first table tells
     for (key_name, key), (value_name, value) in zip(keys.items(), values.items(), strict=True):
         check_tensor(key_name, key, ("N", heads, dim), FLOATS)
-        if key.shape[0] < 1:
+        rows = key.shape[0]
+        if rows < 1:
             raise ValueError(f"{key_name}: needs at least one row, got shape {list(key.shape)}")
-        check_tensor(value_name, value, (key.shape[0], heads, dv), FLOATS)
-        dv = value.shape[2]
-        if value.shape[2] < 1:
+        check_tensor(value_name, value, (rows, heads, dv), FLOATS)
+        if dv == "dv" and (dv := value.shape[2]) < 1:
             raise ValueError(f"{value_name}: dv must be at least 1, got shape {list(value.shape)}")
     check_one_dtype(q=q, **keys, **values)
     return keys, values

@@ -26,9 +26,13 @@ from ..reference.prefix_ngram import groups_of
 def check_key_space(levels: Sequence[int]) -> list[int]:
     """Check codebook sizes whose keys, up to N_1 ... N_L - 1, fit in int64."""
     sizes = check_levels(levels)
-    if prod(sizes) > 2**63 - 1:
-        raise ValueError(f"levels: their product must be at most 2^63 - 1, got {levels!r}")
+    _check_product(sizes)
     return sizes
+
+
+def _check_product(sizes: list[int]) -> None:
+    if prod(sizes) > 2**63 - 1:
+        raise ValueError(f"levels: their product must be at most 2^63 - 1, got {sizes!r}")
 
 
 def check_arguments(
@@ -46,7 +50,7 @@ def check_arguments(
             f"groups: must be positive ints that add up to the {len(sizes)} levels, got {groups!r}"
         )
     for part in groups_of(sizes, parts):
-        check_key_space(sizes[part])
+        _check_product(sizes[part])
     check_choice("mode", mode, ("concat", "sum"))
     check_choice("hashing", hashing, ("modulo", "murmur3", "order_preserving"))
     if packed:
