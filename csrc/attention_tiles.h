@@ -122,17 +122,22 @@ LIVREC_INLINE int64_t bias_row(const AttentionPiece& piece, int64_t row) {
   return piece.bias_heads > 1 ? row / piece.candidates * kTile : 0;
 }
 
-// Logits of rows [first, first + rows), counted over all groups: s [rows, kTile].
-inline void logits_of(const AttentionPiece& piece, int64_t first, int64_t rows, const float* turned,
-                      const float* bias, float* s) {
-  multiply<true>({piece.q + first * piece.padded, piece.padded, 1}, rows, turned, kTile, piece.dim,
-                 s, kTile, kTile, false);
+inline void add_bias(const AttentionPiece& piece, int64_t first, int64_t rows, const float* bias,
+                     float* s) {
   if (piece.bias_heads == 0) return;
   for (int64_t r = 0; r < rows; ++r) {
     const float* own = bias + bias_row(piece, first + r);
     for (int64_t t = 0; t < kTile; t += kLanes)
       store(s + r * kTile + t, load(s + r * kTile + t) + load(own + t));
   }
+}
+
+// Logits of rows [first, first + rows), counted over all groups: s [rows, kTile].
+inline void logits_of(const AttentionPiece& piece, int64_t first, int64_t rows, const float* turned,
+                      const float* bias, float* s) {
+  multiply<true>({piece.q + first * piece.padded, piece.padded, 1}, rows, turned, kTile, piece.dim,
+                 s, kTile, kTile, false);
+  add_bias(piece, first, rows, bias, s);
 }
 
 // Items past the tile's last weigh nothing.
@@ -176,6 +181,12 @@ LIVREC_INLINE void weigh_row(const AttentionPiece& piece, const float* bias, flo
     store(s + t, weight.value);
     if (slopes != nullptr) store(slopes + t, load(slopes + t) * weight.slope);
   }
+}
+
+// Floats that hold a tile of all groups' dk or dv in 16 bits; 0: it is too large, or in float32.
+LIVREC_INLINE int64_t narrow_space(const AttentionPiece& piece, int64_t dim) {
+  const int64_t numbers = kTile * piece.groups * dim;
+  return piece.type == TableType::f32 || numbers > kNarrowTile ? 0 : numbers / 2;
 }
 
 // Takes scratch memory apart.

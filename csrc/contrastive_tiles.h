@@ -4,10 +4,8 @@
 
 #include "contrastive.h"
 #include "halves.h"
+#include "pairs.h"
 #include "products.h"
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 #if defined(__AMX_BF16__) || defined(LIVREC_EMULATED_TILES)
 #define LIVREC_TILED 1
 #include "matrix_tiles.h"
@@ -39,25 +37,17 @@ class PairProducts {
   MatrixTiles tiles_;
 };
 #else
-#if defined(__AVX512BF16__)
-// A term of such a product.
-struct OfPairs {
-  static LIVREC_INLINE Floats add(Floats sum, float a, Floats b) {
-    const Ints pairs = Ints{} + same_bits<int32_t>(a);  // as a float it may be no number
-    return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(pairs), same_bits<__m512bh>(b));
-  }
-};
-#else
-using OfPairs = OfFloats;  // never used: nothing is packed
-#endif
 struct PairProducts {
   explicit PairProducts(bool) {}
-  // By itself: among the rest of a pass its loops would have too few registers.
-  __attribute__((noinline)) static void multiply(Left a, int64_t rows, const float* b,
-                                                 int64_t b_row, int64_t depth, float* c,
-                                                 int64_t c_row, int64_t columns, bool add) {
-    LIVREC_ISA::multiply<false, false, OfPairs>(a, rows, b, b_row, depth, c, c_row, columns, add);
+#if defined(LIVREC_PAIRS)
+  static void multiply(Left a, int64_t rows, const float* b, int64_t b_row, int64_t depth, float* c,
+                       int64_t c_row, int64_t columns, bool add) {
+    multiply_pairs<false>(a, rows, b, b_row, depth, c, c_row, columns, add);
   }
+#else  // never used: nothing is packed
+  static void multiply(Left, int64_t, const float*, int64_t, int64_t, float*, int64_t, int64_t,
+                       bool) {}
+#endif
 };
 #endif
 

@@ -28,8 +28,9 @@
 
 namespace livrec {
 
-constexpr int64_t kTile = 64;     // items at a time
-constexpr int64_t kRowTile = 32;  // rows at a time
+constexpr int64_t kTile = 64;             // items at a time
+constexpr int64_t kRowTile = 32;          // rows at a time
+constexpr int64_t kNarrowTile = 1 << 15;  // numbers of a tile's gradient in 16 bits, held together
 
 enum class Activation : int { softmax, none, silu, sigmoid };
 
@@ -43,6 +44,7 @@ struct AttentionPiece {
   int64_t candidates, bias_heads;
   int64_t dim, value_dim, padded, value_padded;  // padded: to whole vectors
   const float* q;                                // [groups x rows, padded], scaled
+  float scale;                                   // of q
   float* scratch;                                // target_attention_space() floats
 };
 

@@ -1,5 +1,6 @@
 #include "target_attention.h"
 
+#include "attention_pairs.h"
 #include "attention_tiles.h"
 
 namespace livrec {
@@ -8,6 +9,7 @@ namespace {
 
 // Softmax terms of one row of logits, and what it knows of earlier tiles made to fit them; returns
 // what is to be added to its sum, lane by lane.
+template <typename Tiles>
 LIVREC_INLINE Floats weigh(const AttentionPiece& piece, float* s, float* out, float* peak,
                            float* sum) {
   const float most = greatest_in(s, *peak), shift = shift_of(most);
@@ -20,7 +22,7 @@ LIVREC_INLINE Floats weigh(const AttentionPiece& piece, float* s, float* out, fl
   Floats total{};
   for (int64_t t = 0; t < kTile; t += kLanes) {
     const Floats p = exponential<kLanes>(load(s + t) - shift);
-    store(s + t, p);
+    Tiles::put(s, t, p);
     total += p;
   }
   return total;
@@ -38,7 +40,7 @@ LIVREC_INLINE void add_totals(const Floats* totals, int64_t count, float* sums) 
 }
 
 struct ForwardSpace {
-  float *keys, *values, *turned, *bias, *s;
+  float *keys, *values, *turned, *bias, *s, *q;
   explicit ForwardSpace(const AttentionPiece& piece) {
     Space space{piece.scratch};
     keys = space.take(kTile * piece.padded);
@@ -46,8 +48,91 @@ struct ForwardSpace {
     turned = space.take(kTile * piece.padded);
     bias = space.take(kTile * piece.bias_heads);
     s = space.take(kTile * kRowTile);
+    q = space.take(piece.groups * piece.rows * piece.padded / 2);
   }
 };
+
+// Keys and values of a tile in float32.
+struct FloatTiles {
+  const AttentionPiece& piece;
+  const ForwardSpace space;
+  Panel values;
+
+  explicit FloatTiles(const AttentionPiece& given) : piece(given), space(given), values{} {}
+  void open(int64_t group, int64_t at, int64_t count, Ahead& ahead) {
+    values = panel_of(values_of(piece, group, at, count), space.values);
+    turn(keys_of(piece, group, at, count), space.keys, space.turned, ahead);
+  }
+  void logits(int64_t first, int64_t rows) const {
+    logits_of(piece, first, rows, space.turned, space.bias, space.s);
+  }
+  static LIVREC_INLINE void put(float* weights, int64_t t, Floats p) { store(weights + t, p); }
+  void add(int64_t rows, int64_t count, float* out) const {
+    multiply({space.s, kTile, 1}, rows, values.rows, values.stride, count, out, piece.value_padded,
+             piece.value_padded, true);
+  }
+};
+
+#if defined(LIVREC_PAIRS)
+// In bfloat16, by words of two numbers.
+struct PairTiles {
+  const AttentionPiece& piece;
+  const ForwardSpace space;
+  const float factor;
+
+  explicit PairTiles(const AttentionPiece& given)
+      : piece(given),
+        space(given),
+        factor(pair_rows(piece.q, piece.groups * piece.rows, piece.padded, piece.scale, space.q)) {}
+  void open(int64_t group, int64_t at, int64_t count, Ahead& ahead) const {
+    pair_items(values_of(piece, group, at, count), space.values);
+    turn_pairs(keys_of(piece, group, at, count), space.turned, ahead);
+  }
+  void logits(int64_t first, int64_t rows) const {
+    pair_logits(piece, space.q, factor, first, rows, space.turned, space.bias, space.s);
+  }
+  static LIVREC_INLINE void put(float* weights, int64_t t, Floats p) {
+    store_pairs(weights + t / 2, p);
+  }
+  void add(int64_t rows, int64_t count, float* out) const {
+    multiply_pairs<false>({space.s, kTile, 1}, rows, space.values, piece.value_padded,
+                          (count + 1) / 2, out, piece.value_padded, piece.value_padded, true);
+  }
+};
+#endif
+
+template <typename Tiles>
+void forward(const AttentionPiece& piece, float* out, float* peaks, float* sums) {
+  Tiles tiles(piece);
+  const bool softmax = piece.activation == Activation::softmax;
+  for (int64_t at = 0; at < piece.items; at += kTile) {
+    const int64_t count = least(kTile, piece.items - at);
+    turn_bias(piece, at, count, tiles.space.bias);
+    for (int64_t group = 0; group < piece.groups; ++group) {
+      Ahead ahead = ahead_of(piece, group, at);
+      tiles.open(group, at, count, ahead);
+      for (int64_t r = 0; r < piece.rows; r += kRowTile) {
+        const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
+        tiles.logits(first, rows);
+        Floats totals[kRowTile];
+        for (int64_t i = 0; i < rows; ++i) {
+          float* s = tiles.space.s + i * kTile;
+          ahead.ask(kLinesPerRow);
+          if (!softmax) {
+            weigh_row(piece, tiles.space.bias + bias_row(piece, first + i), s, nullptr);
+            continue;
+          }
+          end_row(s, count);
+          totals[i] = weigh<Tiles>(piece, s, out + (first + i) * piece.value_padded,
+                                   peaks + first + i, sums + first + i);
+        }
+        if (softmax) add_totals(totals, rows, sums + first);
+        tiles.add(rows, count, out + first * piece.value_padded);
+      }
+      ahead.ask_rest();
+    }
+  }
+}
 
 }  // namespace
 
@@ -55,7 +140,10 @@ int64_t target_attention_pad() { return kLanes; }
 
 int64_t target_attention_space(const AttentionPiece& piece, bool gradient) {
   const int64_t widths = piece.padded + piece.value_padded;
-  return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) + 16 * 16;
+  const int64_t narrow =
+      gradient ? narrow_space(piece, piece.dim) + narrow_space(piece, piece.value_dim) : 0;
+  return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) +
+         piece.groups * piece.rows * widths / 2 + narrow + 16 * 16;
 }
 
 void target_attention_widen(const void* x, TableType type, int64_t candidates, int64_t heads,
@@ -86,40 +174,14 @@ void target_attention_narrow(const float* x, const float* factors, float factor,
 }
 
 void target_attention_forward(const AttentionPiece& piece, float* out, float* peaks, float* sums) {
-  const ForwardSpace space(piece);
   const int64_t all = piece.groups * piece.rows;
-  const bool softmax = piece.activation == Activation::softmax;
   for (int64_t r = 0; r < all * piece.value_padded; ++r) out[r] = 0.0f;
   for (int64_t r = 0; r < all; ++r) peaks[r] = -kInfinity, sums[r] = 0.0f;
-  for (int64_t at = 0; at < piece.items; at += kTile) {
-    const int64_t count = least(kTile, piece.items - at);
-    turn_bias(piece, at, count, space.bias);
-    for (int64_t group = 0; group < piece.groups; ++group) {
-      const Panel values = panel_of(values_of(piece, group, at, count), space.values);
-      Ahead ahead = ahead_of(piece, group, at);
-      turn(keys_of(piece, group, at, count), space.keys, space.turned, ahead);
-      for (int64_t r = 0; r < piece.rows; r += kRowTile) {
-        const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
-        logits_of(piece, first, rows, space.turned, space.bias, space.s);
-        Floats totals[kRowTile];
-        for (int64_t i = 0; i < rows; ++i) {
-          float* s = space.s + i * kTile;
-          ahead.ask(kLinesPerRow);
-          if (!softmax) {
-            weigh_row(piece, space.bias + bias_row(piece, first + i), s, nullptr);
-            continue;
-          }
-          end_row(s, count);
-          totals[i] = weigh(piece, s, out + (first + i) * piece.value_padded, peaks + first + i,
-                            sums + first + i);
-        }
-        if (softmax) add_totals(totals, rows, sums + first);
-        multiply({space.s, kTile, 1}, rows, values.rows, values.stride, count,
-                 out + first * piece.value_padded, piece.value_padded, piece.value_padded, true);
-      }
-      ahead.ask_rest();
-    }
-  }
+#if defined(LIVREC_PAIRS)
+  if (in_pairs(piece) && piece.activation == Activation::softmax)
+    return forward<PairTiles>(piece, out, peaks, sums);
+#endif
+  forward<FloatTiles>(piece, out, peaks, sums);
 }
 
 }  // namespace LIVREC_ISA

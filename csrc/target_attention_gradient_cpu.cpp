@@ -1,3 +1,4 @@
+#include "attention_pairs.h"
 #include "attention_tiles.h"
 
 namespace livrec {
@@ -5,7 +6,8 @@ namespace LIVREC_ISA {
 namespace {
 
 struct GradientSpace {
-  float *keys, *values, *turned_keys, *turned_values, *dk, *dv, *bias, *dbias, *s, *d;
+  float *keys, *values, *turned_keys, *turned_values, *dk, *dv, *bias, *dbias, *s, *d, *words,
+      *narrow_dk, *narrow_dv;
   explicit GradientSpace(const AttentionPiece& piece) {
     Space space{piece.scratch};
     keys = space.take(kTile * piece.padded);
@@ -18,6 +20,30 @@ struct GradientSpace {
     dbias = space.take(kTile * piece.bias_heads);
     s = space.take(kTile * kRowTile);
     d = space.take(kTile * kRowTile);
+    words = space.take(piece.groups * piece.rows * (piece.padded + piece.value_padded) / 2);
+    narrow_dk = space.take(narrow_space(piece, piece.dim));
+    narrow_dv = space.take(narrow_space(piece, piece.value_dim));
+  }
+};
+
+// q and grad, in words of two numbers if keys and values are read so.
+struct Asked {
+  const float *q, *grad;
+  bool in_words;
+  float factor;  // of products of words of q
+
+  Asked(const AttentionPiece& piece, const float* given, float* words)
+      : q(piece.q), grad(given), in_words(false), factor(1.0f) {
+#if defined(LIVREC_PAIRS)
+    if (!in_pairs(piece)) return;
+    const int64_t rows = piece.groups * piece.rows;
+    float* more = words + rows * piece.padded / 2;
+    factor = pair_rows(piece.q, rows, piece.padded, piece.scale, words);
+    pair_rows(given, rows, piece.value_padded, 1.0f, more);
+    q = words, grad = more, in_words = true;
+#else
+    (void)words;
+#endif
   }
 };
 
@@ -25,6 +51,7 @@ struct GradientSpace {
 struct Tile {
   const AttentionPiece& piece;
   const GradientSpace& space;
+  const Asked& asked;
   int64_t at, count;
   Stretch keys;
   Ahead ahead;
@@ -32,16 +59,33 @@ struct Tile {
   void open(int64_t group) {
     ahead = ahead_of(piece, group, at);
     keys = keys_of(piece, group, at, count);
-    turn(keys, space.keys, space.turned_keys, ahead);
+    turn_over(keys, space.keys, space.turned_keys);
     if (!piece.shared)
-      turn(values_of(piece, group, at, count), space.values, space.turned_values, ahead);
+      turn_over(values_of(piece, group, at, count), space.values, space.turned_values);
   }
 
-  void products(const float* grad, int64_t first, int64_t rows) const {
+  void products(int64_t first, int64_t rows) const {
+    const float* values = piece.shared ? space.turned_keys : space.turned_values;
+    const int64_t width = piece.value_padded;
+#if defined(LIVREC_PAIRS)
+    if (asked.in_words) {
+      pair_logits(piece, asked.q, asked.factor, first, rows, space.turned_keys, space.bias,
+                  space.s);
+      return multiply_pairs<true>({asked.grad + first * width / 2, width / 2, 1}, rows, values,
+                                  kTile, width / 2, space.d, kTile, kTile, false);
+    }
+#endif
     logits_of(piece, first, rows, space.turned_keys, space.bias, space.s);
-    multiply<true>({grad + first * piece.value_padded, piece.value_padded, 1}, rows,
-                   piece.shared ? space.turned_keys : space.turned_values, kTile, piece.value_dim,
+    multiply<true>({asked.grad + first * width, width, 1}, rows, values, kTile, piece.value_dim,
                    space.d, kTile, kTile, false);
+  }
+
+ private:
+  void turn_over(const Stretch& x, float* wide, float* turned) {
+#if defined(LIVREC_PAIRS)
+    if (asked.in_words) return turn_pairs(x, turned, ahead);
+#endif
+    turn(x, wide, turned, ahead);
   }
 };
 
@@ -50,14 +94,15 @@ template <typename Visit, typename Close, typename Finish>
 LIVREC_INLINE void each_block(const AttentionPiece& piece, const GradientSpace& space,
                               const float* grad, const Visit& visit, const Close& close,
                               const Finish& finish) {
+  const Asked asked(piece, grad, space.words);
   for (int64_t at = 0; at < piece.items; at += kTile) {
-    Tile tile{piece, space, at, least(kTile, piece.items - at), {}, {}};
+    Tile tile{piece, space, asked, at, least(kTile, piece.items - at), {}, {}};
     turn_bias(piece, at, tile.count, space.bias);
     for (int64_t group = 0; group < piece.groups; ++group) {
       tile.open(group);
       for (int64_t r = 0; r < piece.rows; r += kRowTile) {
         const int64_t rows = least(kRowTile, piece.rows - r), first = group * piece.rows + r;
-        tile.products(grad, first, rows);
+        tile.products(first, rows);
         visit(tile, first, rows, r == 0);
       }
       tile.ahead.ask_rest();
@@ -131,7 +176,7 @@ struct Rows {
   const AttentionPiece& piece;
   void* to;  // [items, groups, dim], or null
   int64_t dim, padded;
-  float* space;
+  float *space, *narrow;
   bool past_caches;
 
   bool at_once() const {
@@ -152,10 +197,24 @@ struct Rows {
       multiply(a, tile.count, b, padded, depth, first, stride, padded, more);
   }
 
+  // Whether rows in 16 bits, of which one group's may be less than a line of memory, wait in
+  // `narrow` for those of the other groups.
+  bool held() const { return past_caches && narrow_space(piece, dim) > 0; }
+
   void close(const Tile& tile, int64_t group) const {
-    if (to != nullptr && !at_once())
-      narrow_rows(space, piece.type, piece.groups, group, tile.at, tile.count, dim, padded,
-                  past_caches, to);
+    if (to == nullptr || at_once()) return;
+    narrow_rows(space, piece.type, piece.groups, group, held() ? 0 : tile.at, tile.count, dim,
+                padded, past_caches, held() ? narrow : to);
+  }
+
+  void finish(const Tile& tile) const {
+    if (to == nullptr || !held()) return;
+    const int64_t row = piece.groups * dim * 2, bytes = tile.count * row;
+    char* out = static_cast<char*>(to) + tile.at * row;
+    if (streamable(out, bytes))
+      stream(reinterpret_cast<const char*>(narrow), bytes, out);
+    else
+      __builtin_memcpy(out, narrow, static_cast<size_t>(bytes));
   }
 };
 
@@ -190,12 +249,14 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
   }
   const bool shared = piece.shared;
   Panel keys{};
-  const Rows dk{piece, slopes.dk, piece.dim, piece.padded, space.dk, slopes.past_caches};
+  const Rows dk{piece,    slopes.dk,       piece.dim,         piece.padded,
+                space.dk, space.narrow_dk, slopes.past_caches};
   const Rows dv{piece,
                 slopes.dv,
                 piece.value_dim,
                 piece.value_padded,
                 shared ? space.dk : space.dv,
+                space.narrow_dv,
                 slopes.past_caches};
   each_block(
       piece, space, slopes.grad,
@@ -225,6 +286,8 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
         if (!shared) dv.close(tile, group);
       },
       [&](const Tile& tile) {
+        dk.finish(tile);
+        if (!shared) dv.finish(tile);
         if (slopes.dbias == nullptr) return;
         for (int64_t h = 0; h < piece.bias_heads; ++h)
           for (int64_t t = 0; t < tile.count; ++t) {

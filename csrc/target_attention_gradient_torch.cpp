@@ -175,8 +175,9 @@ class Gradient {
       to.sums = sums(task);
       to.keys = keys(task);
     }
-    to.past_caches =
-        call_.items * call_.groups * std::max(call_.dim, call_.value_dim) * 4 >= kPastCaches;
+    to.past_caches = call_.items * call_.groups * std::max(call_.dim, call_.value_dim) *
+                         static_cast<int64_t>(call_.k.element_size()) >=
+                     kPastCaches;
     to.dk = grad_k ? AttentionCall::at(*grad_k, task.begin) : nullptr;
     to.dv = grad_v ? AttentionCall::at(*grad_v, task.begin) : nullptr;
     to.dbias =

@@ -117,7 +117,7 @@ class AttentionCall {
     piece.bias_heads = bias_heads;
     piece.dim = dim, piece.value_dim = value_dim;
     piece.padded = padded, piece.value_padded = value_padded;
-    piece.q = q_wide;
+    piece.q = q_wide, piece.scale = scale;
     piece.scratch = scratch.of(LIVREC_CALL(target_attention_space, piece, gradient));
     return piece;
   }
