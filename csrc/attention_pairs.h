@@ -1,9 +1,9 @@
 // Tiles of histories in bfloat16 and their products, in words of two numbers, for the CPU kernels
 // of target attention; see vectors.h for how it is included.
 //
-// Logits and D are sums of exact products, as in float32. The weights of values are rounded to
-// bfloat16, which changes an output by no more than its own rounding does; Z is the sum of the
-// weights before.
+// Logits and D are sums of exact products, as in float32. Weights, and dS, are rounded to bfloat16
+// before they are multiplied with what is given in it, which changes an output or gradient by no
+// more than its own rounding does; Z is the sum of the weights before.
 #pragma once
 
 #include "attention_tiles.h"
@@ -119,6 +119,41 @@ inline float pair_rows(const float* x, int64_t rows, int64_t padded, float scale
 LIVREC_INLINE void store_pairs(float* to, Floats first) {
   *reinterpret_cast<LooseHalves*>(to) =
       same_bits<Halves>(_mm512_cvtneps_pbh(same_bits<__m512>(first)));
+}
+
+// x [groups x rows, padded] times factor as words of two rows: [groups, half of the rows, padded].
+inline void pair_columns(const float* x, int64_t groups, int64_t rows, int64_t padded, float factor,
+                         float* out) {
+  for (int64_t g = 0; g < groups; ++g, x += rows * padded)
+    for (int64_t r = 0; r < rows; r += 2, out += padded)
+      for (int64_t d = 0; d < padded; d += kLanes) {
+        const float* from = x + r * padded + d;
+        const Halves first = narrow_bf16(load(from) * factor);
+        const Halves second = r + 1 < rows ? narrow_bf16(load(from + padded) * factor) : Halves{};
+        store(out + d, same_bits<Floats>(interleaved(same_bits<TwoHalves>(both(first, second)))));
+      }
+}
+
+// x [rows, kTile] to words of two items, in the first half of each row, and of two rows:
+// [half of the rows, kTile]. Items past `count` are zeros.
+inline void pair_slopes(float* x, int64_t rows, int64_t count, float* two_rows) {
+  for (int64_t r = 0; r < rows; r += 2, two_rows += kTile) {
+    float *first = x + r * kTile, *second = r + 1 < rows ? first + kTile : nullptr;
+    for (int64_t t = count; t < kTile; ++t) {
+      first[t] = 0.0f;
+      if (second != nullptr) second[t] = 0.0f;
+    }
+    for (int64_t t = 0; t < kTile; t += kLanes) {
+      const Floats more = second != nullptr ? load(second + t) : Floats{};
+      const auto both_rows = same_bits<TwoHalves>(
+          _mm512_cvtne2ps_pbh(same_bits<__m512>(more), same_bits<__m512>(load(first + t))));
+      Halves apart[2];
+      __builtin_memcpy(apart, &both_rows, sizeof(apart));
+      *reinterpret_cast<LooseHalves*>(first + t / 2) = apart[0];
+      if (second != nullptr) *reinterpret_cast<LooseHalves*>(second + t / 2) = apart[1];
+      store(two_rows + t, same_bits<Floats>(interleaved(both_rows)));
+    }
+  }
 }
 
 // Logits of rows [first, first + rows) of q in words, times factor: s [rows, kTile].

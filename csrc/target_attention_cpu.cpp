@@ -48,7 +48,7 @@ struct ForwardSpace {
     turned = space.take(kTile * piece.padded);
     bias = space.take(kTile * piece.bias_heads);
     s = space.take(kTile * kRowTile);
-    q = space.take(piece.groups * piece.rows * piece.padded / 2);
+    q = space.next;  // of pieces in bfloat16
   }
 };
 
@@ -142,8 +142,11 @@ int64_t target_attention_space(const AttentionPiece& piece, bool gradient) {
   const int64_t widths = piece.padded + piece.value_padded;
   const int64_t narrow =
       gradient ? narrow_space(piece, piece.dim) + narrow_space(piece, piece.value_dim) : 0;
-  return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) +
-         piece.groups * piece.rows * widths / 2 + narrow + 16 * 16;
+  const int64_t words = piece.type == TableType::bf16
+                            ? kTile * kRowTile + piece.groups * (2 * piece.rows + 1) * widths / 2
+                            : 0;
+  return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) + words +
+         narrow + 16 * 16;
 }
 
 void target_attention_widen(const void* x, TableType type, int64_t candidates, int64_t heads,

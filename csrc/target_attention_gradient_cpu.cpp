@@ -7,7 +7,7 @@ namespace {
 
 struct GradientSpace {
   float *keys, *values, *turned_keys, *turned_values, *dk, *dv, *bias, *dbias, *s, *d, *words,
-      *narrow_dk, *narrow_dv;
+      *narrow_dk, *narrow_dv, *two_rows;
   explicit GradientSpace(const AttentionPiece& piece) {
     Space space{piece.scratch};
     keys = space.take(kTile * piece.padded);
@@ -20,27 +20,34 @@ struct GradientSpace {
     dbias = space.take(kTile * piece.bias_heads);
     s = space.take(kTile * kRowTile);
     d = space.take(kTile * kRowTile);
-    words = space.take(piece.groups * piece.rows * (piece.padded + piece.value_padded) / 2);
     narrow_dk = space.take(narrow_space(piece, piece.dim));
     narrow_dv = space.take(narrow_space(piece, piece.value_dim));
+    two_rows = space.next, words = two_rows + kTile * kRowTile;  // of pieces in bfloat16
   }
 };
 
-// q and grad, in words of two numbers if keys and values are read so.
+// q and grad, in words of two numbers if keys and values are read so, and of two rows.
 struct Asked {
   const float *q, *grad;
   bool in_words;
   float factor;  // of products of words of q
+  const float *q_rows, *grad_rows;
 
   Asked(const AttentionPiece& piece, const float* given, float* words)
-      : q(piece.q), grad(given), in_words(false), factor(1.0f) {
+      : q(piece.q), grad(given), in_words(false), factor(1.0f), q_rows{}, grad_rows{} {
 #if defined(LIVREC_PAIRS)
     if (!in_pairs(piece)) return;
-    const int64_t rows = piece.groups * piece.rows;
-    float* more = words + rows * piece.padded / 2;
-    factor = pair_rows(piece.q, rows, piece.padded, piece.scale, words);
-    pair_rows(given, rows, piece.value_padded, 1.0f, more);
-    q = words, grad = more, in_words = true;
+    const int64_t rows = piece.groups * piece.rows, half = (piece.rows + 1) / 2;
+    const int64_t dim = piece.padded, width = piece.value_padded;
+    float *grads = words + rows * dim / 2, *columns = grads + rows * width / 2;
+    factor = pair_rows(piece.q, rows, dim, piece.scale, words);
+    pair_rows(given, rows, width, 1.0f, grads);
+    q = words, grad = grads, in_words = true;
+    pair_columns(piece.q, piece.groups, piece.rows, dim, factor == 1.0f ? 1.0f : 1.0f / factor,
+                 columns);
+    q_rows = columns, columns += piece.groups * half * dim;
+    pair_columns(given, piece.groups, piece.rows, width, 1.0f, columns);
+    grad_rows = columns;
 #else
     (void)words;
 #endif
@@ -201,6 +208,20 @@ struct Rows {
   // `narrow` for those of the other groups.
   bool held() const { return past_caches && narrow_space(piece, dim) > 0; }
 
+#if defined(LIVREC_PAIRS)
+  // (+)= a b as words of two rows of the depth.
+  void add_pairs(const Tile& tile, const float* a, const float* b, int64_t depth, bool more) const {
+    if (to != nullptr)
+      multiply_pairs<false>({a, 1, kTile}, tile.count, b, padded, (depth + 1) / 2, space, padded,
+                            padded, more);
+  }
+#endif
+
+  void scale(float factor) const {
+    for (int64_t i = 0; i < kTile * padded && factor != 1.0f; i += kLanes)
+      store(space + i, load(space + i) * factor);
+  }
+
   void close(const Tile& tile, int64_t group) const {
     if (to == nullptr || at_once()) return;
     narrow_rows(space, piece.type, piece.groups, group, held() ? 0 : tile.at, tile.count, dim,
@@ -217,6 +238,34 @@ struct Rows {
       __builtin_memcpy(out, narrow, static_cast<size_t>(bytes));
   }
 };
+
+// Whether gradients, too, are products of words: what is shared has no factor of its own.
+LIVREC_INLINE bool in_words(const Tile& tile) {
+  return tile.asked.in_words && (tile.asked.factor == 1.0f || !tile.piece.shared);
+}
+
+#if defined(LIVREC_PAIRS)
+// What a block of rows, whose weights are in s and dS in d, adds to all gradients.
+void multiply_words(const Tile& tile, const AttentionSlopes& slopes, const Rows& dk, const Rows& dv,
+                    int64_t group, int64_t first, int64_t rows, bool fresh) {
+  const AttentionPiece& piece = tile.piece;
+  const GradientSpace& space = tile.space;
+  const int64_t dim = piece.padded, words = (tile.count + 1) / 2;
+  float *s_rows = space.two_rows, *d_rows = space.two_rows + kTile * kRowTile / 2;
+  pair_slopes(space.s, rows, tile.count, s_rows);
+  pair_slopes(space.d, rows, tile.count, d_rows);
+  if (fresh) pair_items(tile.keys, space.keys);
+  if (slopes.sums != nullptr)
+    multiply_pairs<false>({space.s, kTile, 1}, rows, space.keys, dim, words,
+                          slopes.keys + first * dim, dim, dim, true);
+  multiply_pairs<false>({space.d, kTile, 1}, rows, space.keys, dim, words, slopes.dq + first * dim,
+                        dim, dim, true);
+  const int64_t pair = group * ((piece.rows + 1) / 2) + (first - group * piece.rows) / 2;
+  dk.add_pairs(tile, d_rows, tile.asked.q_rows + pair * dim, rows, !fresh);
+  dv.add_pairs(tile, s_rows, tile.asked.grad_rows + pair * piece.value_padded, rows,
+               !fresh || piece.shared);
+}
+#endif
 
 }  // namespace
 
@@ -270,18 +319,22 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
           float* sums = space.dbias + bias_row(piece, first + i);
           for (int64_t t = 0; t < kTile; t += kLanes) store(sums + t, load(sums + t) + load(d + t));
         }
+        const int64_t group = first / piece.rows;
+#if defined(LIVREC_PAIRS)
+        if (in_words(tile)) return multiply_words(tile, slopes, dk, dv, group, first, rows, fresh);
+#endif
         if (fresh) keys = panel_of(tile.keys, space.keys);
         if (slopes.sums != nullptr)
           multiply({space.s, kTile, 1}, rows, keys.rows, keys.stride, tile.count,
                    slopes.keys + first * piece.padded, piece.padded, piece.padded, true);
         multiply({space.d, kTile, 1}, rows, keys.rows, keys.stride, tile.count,
                  slopes.dq + first * piece.padded, piece.padded, piece.padded, true);
-        const int64_t group = first / piece.rows;
         dk.add(tile, group, {space.d, 1, kTile}, piece.q + first * piece.padded, rows, !fresh);
         dv.add(tile, group, {space.s, 1, kTile}, slopes.grad + first * piece.value_padded, rows,
                !fresh || shared);
       },
       [&](const Tile& tile, int64_t group) {
+        if (in_words(tile)) dk.scale(tile.asked.factor);
         dk.close(tile, group);
         if (!shared) dv.close(tile, group);
       },
