@@ -6,11 +6,15 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from fluid_batches import HandMade
 
 from livrec_fast.cli import main
 from livrec_fast.data import live_log, world
 from livrec_fast.systems.fluid import command, experiment, speed
+from livrec_fast.systems.fluid.config import TrainConfig
+from livrec_fast.systems.fluid.recipes import ROWS
 from livrec_fast.systems.fluid.tables import METRICS, TABLES
+from livrec_fast.systems.fluid.training import Settings, stage_key
 
 TINY = {"users": 60, "authors": 20, "rooms": 60, "videos": 100, "live_events": 1500, "days": 1.0}
 SIZES = [text for name, n in TINY.items() for text in ("--world", f"{name}={n}")]
@@ -108,6 +112,14 @@ def test_the_step_is_timed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_as_much_of_a_history_is_read_as_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SPEED_SECONDS", 0.1)
+    words = run("--speed", "--length", 3, "--out", tmp_path, *SIZES).output.split()
+    assert "Of a history 3 events at most are read;" in " ".join(words)
+    mean, most = words[words.index("mean,") - 3], words[words.index("mean,") + 1]
+    assert 1 < float(mean) <= int(most) == 3
+
+
 def test_ways_to_train_that_differ_fail_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "TOLERANCE", -1.0)
     result = run("--speed", "--out", tmp_path, *SIZES)
@@ -155,6 +167,19 @@ def test_mistakes_are_told(tmp_path):
     ):
         result = run("--out", tmp_path / "out", "--seeds", 1, "--jobs", 1, *arguments)
         assert result.exit_code != 0 and text in result.output, result.output
+
+
+def test_settings_reach_the_training(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiment, "run_all", lambda jobs, *rest: asked.extend(jobs) or 1 / 0)
+    for more in ([], ["--length", 7]):
+        with pytest.raises(ZeroDivisionError):
+            run("--out", tmp_path, "--seeds", 1, *more)
+    default, changed = (job.settings for job in asked)
+    assert default == Settings() and changed == Settings(train=TrainConfig(length=7))
+    row, data = ROWS["base"], HandMade()
+    keys = {stage_key(data, row, 1, settings, 0) for settings in (default, changed)}
+    assert len(keys) == 2  # neither goes on from the other's checkpoints
 
 
 def test_quick_is_a_smaller_world_and_fewer_seeds(tmp_path, monkeypatch):

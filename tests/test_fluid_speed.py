@@ -48,6 +48,28 @@ def test_steps_are_timed_in_turns_and_profiled():
     assert len(times) == 4 and times[1][-1] == "1.00x" and len(rows) > 5
 
 
+def test_batches_are_spread_over_all_that_is_trained_on():
+    asked = []
+
+    class Recorded(HandMade):
+        def batch(self, period, step):
+            asked.append((period, step))
+            return super().batch(period, step)
+
+    data = Recorded(steps=4)
+    found = speed.compare(data, model=MODEL, train=TRAIN, seconds=0.01)
+    assert asked == speed.spread(data, 8) and {period for period, _ in asked} == set(range(5))
+    lengths = [HandMade.batch(data, *place).offsets.diff() for place in asked]
+    assert found.events == torch.cat(lengths).tolist() and max(found.events) > 0
+
+
+def test_places_are_the_middles_of_equal_parts():
+    data = HandMade(steps=3)  # of each period, so 15 before the test
+    assert speed.spread(data, 5) == [(period, 1) for period in range(5)]
+    assert speed.spread(data, 1) == [(2, 1)]
+    assert speed.spread(data, 99) == [(period, step) for period in range(5) for step in range(3)]
+
+
 def test_losses_that_differ_are_no_comparison():
     losses = {name: [1.0, 1.0] for name in speed.NAMES}
     losses[speed.NAMES[1]][1] = 1.01

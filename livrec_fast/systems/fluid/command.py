@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -52,6 +53,10 @@ QUICK_WORLD = {
 @click.option(
     "--requests", "most", type=click.IntRange(min=10), help="So many at most, around the split."
 )
+@click.option(
+    "--length", type=click.IntRange(min=1), default=100, show_default=True,
+    help="Events of a user's history that are read, the latest.",
+)  # fmt: skip
 @click.option("--mixing", type=click.Choice(["rsa", "tmhsa"]), default="rsa", show_default=True)
 @click.option("--boost", type=click.Choice(["swiglu", "moe"]), default="swiglu", show_default=True)
 @click.option(
@@ -72,8 +77,8 @@ QUICK_WORLD = {
 @click.option("--speed", is_flag=True, help="Time the training step instead of training.")
 def command(
     data: str, names: tuple[str, ...], seeds: int | None, quick: bool, out: Path, resume: bool,
-    jobs: int | None, most: int | None, mixing: str, boost: str, fade: str, votes: str,
-    sizes: tuple[str, ...], held_out: bool, match: bool, speed: bool,
+    jobs: int | None, most: int | None, length: int, mixing: str, boost: str, fade: str,
+    votes: str, sizes: tuple[str, ...], held_out: bool, match: bool, speed: bool,
 ) -> None:  # fmt: skip
     """FLUID: live rooms ranked with the room's id, then by codes of what they show.
 
@@ -94,7 +99,7 @@ def command(
     given = (QUICK_WORLD if quick else {}) | _sizes(sizes)
     source = Source(data, tuple(given.items()), most=most, rule=votes, held_out=held_out)
     model = ModelConfig(mixing=mixing, boost=boost, match=match)
-    settings = Settings(model, TrainConfig(fade=fade))
+    settings = Settings(model, TrainConfig(fade=fade, length=length))
     tables = chosen(names)
     count = seeds or (QUICK_SEEDS if quick else SEEDS)
     workers = min(count, jobs or os.cpu_count() or 1)
@@ -161,7 +166,9 @@ def _time(job: Job) -> None:
         console.print()
     console.print(
         f"{found.threads} threads. The three train one model on the same batches: losses differ by "
-        f"at most {found.worst:.1e} of their size.",
+        f"at most {found.worst:.1e} of their size. Of a history {settings.train.length:,} events "
+        f"at most are read; these requests have {fmean(found.events):,.1f} in the mean, "
+        f"{max(found.events):,} at most.",
         highlight=False,
     )
 

@@ -16,6 +16,7 @@ from .config import ModelConfig, TrainConfig
 from .optimizers import Optimizers
 from .plain import PlainOptimizers, plain
 from .ranker import Ranker
+from .recipes import TEST
 
 if TYPE_CHECKING:
     from ...logs.batches import Batch
@@ -42,7 +43,7 @@ class Speed:
 
     seconds: of a step, by name. losses: by name, of the steps that were compared. worst: the
     greatest relative difference of a loss from the fast ops'. profile: of a step with the fast ops,
-    by operator or group of them, milliseconds and calls.
+    by operator or group of them, milliseconds and calls. events: of each request's history.
     """
 
     seconds: dict[str, list[float]]
@@ -50,6 +51,7 @@ class Speed:
     worst: float
     profile: list[tuple[str, float, float]]
     threads: int
+    events: list[int]
 
     def ratio(self, name: str) -> float:
         """Return how many times as long as with the fast ops a step takes, by medians."""
@@ -62,12 +64,13 @@ def compare(
 ) -> Speed:  # fmt: skip
     """Train one model in three ways on the same batches, step by step in turns.
 
-    Tables learn by Adagrad, which PyTorch has, too, for sparse gradients. Raises: AssertionError
-    where the losses of a step differ by more than TOLERANCE.
+    The batches are spread over all that is trained on, so that histories are as long as they are in
+    training. Tables learn by Adagrad, which PyTorch has, too, for sparse gradients. Raises:
+    AssertionError where the losses of a step differ by more than TOLERANCE.
     """
     train = replace(train or TrainConfig(), rule="adagrad")
     steps = _steppers(data, fusion, model or ModelConfig(), train)
-    batches = [data.batch(0, step) for step in range(min(_BATCHES, data.steps(0)))]
+    batches = [data.batch(*place) for place in spread(data, _BATCHES)]
     losses: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         for name, step in steps.items():
@@ -85,7 +88,18 @@ def compare(
     with kept_memory():
         taken = interleave({name: runner(name) for name in steps}, _clock, budget=seconds)
     found = profile(steps[NAMES[0]], batches)
-    return Speed(taken, dict(losses), worst, found, torch.get_num_threads())
+    events = torch.cat([batch.offsets.diff() for batch in batches]).tolist()
+    return Speed(taken, dict(losses), worst, found, torch.get_num_threads(), events)
+
+
+def spread(data: Material, count: int) -> list[tuple[int, int]]:
+    """Return where to find so many batches, or all: the middles of equal parts of the training.
+
+    Each is a period and a step of it, before the test.
+    """
+    every = [(period, step) for period in range(TEST) for step in range(data.steps(period))]
+    count = min(count, len(every))
+    return [every[(2 * at + 1) * len(every) // (2 * count)] for at in range(count)]
 
 
 def _steppers(
