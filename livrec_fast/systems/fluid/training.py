@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...benchmarking._clock import kept_memory
 from . import checkpoints
 from .config import ModelConfig, Sizes, TrainConfig
 from .heads import task_loss
@@ -104,12 +105,13 @@ class Trainer:
     def run(self, checkpoint: Path, on_step: OnStep = lambda done: None) -> None:
         """Train to the stage's end, with a checkpoint every so many steps."""
         self.model.train()
-        while self.done < len(self.plan):
-            self.step(self.plan[self.done])
-            self.done += 1
-            if self.done % self.train.save_every == 0 and self.done < len(self.plan):
-                checkpoints.write(checkpoint, self.state(), done=self.done)
-            on_step(1)
+        with kept_memory():  # each step wants what the one before has freed
+            while self.done < len(self.plan):
+                self.step(self.plan[self.done])
+                self.done += 1
+                if self.done % self.train.save_every == 0 and self.done < len(self.plan):
+                    checkpoints.write(checkpoint, self.state(), done=self.done)
+                on_step(1)
 
     def step(self, move: Move) -> None:
         """Score a batch and note that, or learn from it."""
