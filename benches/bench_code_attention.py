@@ -20,6 +20,7 @@ from .agreement import Close
 
 LEVELS, HEADS, DIM = (512, 256, 128), 4, 16
 USERS, ITEMS, MOST_ITEMS = 16, 10_000, 20_000
+KERNELS = {"cpu": ("native",), "cuda": ("triton", "cuda")}  # in the op's order
 Inputs = dict[str, Any]
 
 
@@ -119,7 +120,7 @@ def case(
         return inputs
 
     function = gradients if training else livrec_fast.code_attention
-    agree = Close(formula)
+    agree, kernels = Close(formula), KERNELS[options.device]
     total = users * items or sum(map(len, real_histories()))
     return Case(
         op="code_attention",
@@ -130,7 +131,7 @@ def case(
         make=make,
         agree=agree,
         contestants=[
-            *(with_distinct(one, agree) for one in ours(function, options)),
+            *(with_distinct(one, agree) for one in ours(function, options, kernels)),
             peers.eager(partial(function, backend="reference")),
             *peers_attention.contestants(options, training, partial(agree, times=8)),
         ],

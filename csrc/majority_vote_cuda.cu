@@ -1,5 +1,7 @@
 #include "majority_vote_cuda.h"
 
+#include "cuda_launch.h"
+
 namespace livrec {
 namespace {
 
@@ -40,7 +42,7 @@ template <typename Code, typename Voted>
 __global__ void __launch_bounds__(kThreads)
     vote(const Code* codes, int64_t slices, const int64_t* offsets, int64_t histories,
          Levels levels, Voted* voted) {
-  extern __shared__ unsigned counts[];
+  LIVREC_SHARED(unsigned, counts);
   const int codewords = levels.start[levels.count];
   unsigned* last = counts + codewords;
   for (int64_t history = blockIdx.x; history < histories; history += gridDim.x) {
@@ -70,13 +72,13 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Code, typename Voted>
 cudaError_t launch(const MajorityVoteCuda& job, const Levels& levels, cudaStream_t stream) {
   const int bytes = levels.start[levels.count] * 2 * static_cast<int>(sizeof(unsigned));
+  const auto kernel = vote<Code, Voted>;
   const cudaError_t error =
-      cudaFuncSetAttribute(vote<Code, Voted>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int64_t blocks = job.histories < kMostBlocks ? job.histories : kMostBlocks;
-  vote<Code, Voted><<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(
-      static_cast<const Code*>(job.codes), job.slices, job.offsets, job.histories, levels,
-      static_cast<Voted*>(job.voted));
+  LIVREC_LAUNCH(kernel, blocks, kThreads, bytes, stream, static_cast<const Code*>(job.codes),
+                job.slices, job.offsets, job.histories, levels, static_cast<Voted*>(job.voted));
   return cudaGetLastError();
 }
 

@@ -42,6 +42,8 @@ def attend() -> None:
             for dtype in subject.oracle.dtypes:
                 inputs = inputs_for(subject.oracle, case, dtype, device="cuda")
                 check_forward(subject, "triton", inputs)
+                if subject.op.reasons(*subject.arguments(inputs)).get("cuda", "absent") is None:
+                    check_forward(subject, "cuda", inputs)
                 if name == "target_attention":  # whose gradient has kernels of its own
                     check_gradients(subject, "triton", inputs)
         print(f"{name}: right", flush=True)

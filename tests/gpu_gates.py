@@ -37,7 +37,7 @@ class Compiled:
     @property
     def sass(self) -> str:
         """Disassemble it, which takes as long as half a compilation."""
-        return _dump(self.cubin, "-sass")
+        return dump(self.cubin)
 
 
 def triton_modules() -> list[str]:
@@ -137,13 +137,13 @@ def compile_triton(
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=own)
     label = f"{kernel.__name__}({types}, {constants}, {own}) on sm_{arch}"
     ptx, cubin = built.asm["ptx"], built.asm["cubin"]
-    told = _dump(cubin, "-res-usage")
+    told = dump(cubin, "-res-usage")
     used = _total(r"(?:STACK|LOCAL):(\d+)", told), built.metadata.shared, _total(r"REG:(\d+)", told)
     return Compiled(kernel.__name__, label, arch, options["matrix"], *used, ptx, cubin)
 
 
-def compile_cuda(source: Path, arch: str, folder: Path) -> str:
-    """Compile a CUDA source to a cubin and return what ptxas says of it."""
+def compile_cuda(source: Path, arch: str, folder: Path) -> tuple[str, bytes]:
+    """Compile a CUDA source; return what ptxas says of it, and the cubin."""
     output = folder / f"{source.stem}.{arch}.cubin"
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-I{source.parent}"]
@@ -151,17 +151,23 @@ def compile_cuda(source: Path, arch: str, folder: Path) -> str:
         ["nvcc", target, *flags, str(source), "-o", str(output)], capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    return ran.stderr
+    return ran.stderr, output.read_bytes()
 
 
 def spilled_bytes(ptxas_log: str) -> Iterator[tuple[str, int]]:
-    """Yield each kernel in ptxas's words and the bytes that it spills."""
+    """Yield each kernel in ptxas's words, and the bytes that it spills or has on a stack."""
     kernel = ""
     for line in ptxas_log.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
             kernel = found[1]
-        if found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            yield kernel, int(found[1]) + int(found[2])
+        if found := re.search(r"(\d+) bytes stack frame, (\d+) .* stores, (\d+) .* loads", line):
+            yield kernel, sum(map(int, found.groups()))
+
+
+def instructions(cubin: bytes) -> dict[str, str]:
+    """Return each kernel's instructions by its name."""
+    _, *kernels = dump(cubin).split("Function : ")
+    return {told.split()[0]: told for told in kernels}
 
 
 def plain(kernel: Any) -> Any:
@@ -185,7 +191,7 @@ def _cuobjdump() -> str:
     return found
 
 
-def _dump(cubin: bytes, what: str) -> str:
+def dump(cubin: bytes, what: str = "-sass") -> str:
     """Return what cuobjdump tells of a kernel: what it uses, or its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

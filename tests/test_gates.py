@@ -60,9 +60,21 @@ def test_triton_kernels_fit(name):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("source", gates.cuda_sources(), ids=lambda path: path.stem)
 def test_cuda_kernels_do_not_spill(source, arch, tmp_path):
-    spilled = dict(gates.spilled_bytes(gates.compile_cuda(source, arch, tmp_path)))
+    """Nor loop around an atomic; and those of code attention read rows of logits in 128 bits."""
+    log, cubin = gates.compile_cuda(source, arch, tmp_path)
+    spilled = dict(gates.spilled_bytes(log))
     assert spilled, "ptxas told of no kernel"
     assert not any(spilled.values()), spilled
+    if find_spec("triton") is None:
+        return  # which brings the disassembler
+    found = gates.instructions(cubin)
+    assert len(found) >= len(spilled)
+    for name, sass in found.items():
+        assert not re.search(r"\bATOM\S*CAS", sass), f"{name}: compares and swaps"
+        if source.stem == "code_attention_cuda" and "attend" in name:
+            assert len(re.findall(r"\bLDS\.128", sass)) >= 8, name
+            assert re.search(r"\bLDS\.64", sass) and re.search(r"\bSTS\.128", sass), name
+            assert not re.search(r"\b(ATOM|RED)\S*", sass), f"{name}: atomics"
 
 
 @needs_nvcc

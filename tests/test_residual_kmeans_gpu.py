@@ -102,7 +102,7 @@ def test_rounding_to_quanta_is_not_folded():
     signature = {"quantum": "*fp64", "value": "*fp64", "out": "*fp64", "_round_to": "constexpr"}
     source = ASTSource(alone, signature, constexprs={(3,): module._round_to})
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    sass = gates._dump(built.asm["cubin"], "-sass")
+    sass = gates.dump(built.asm["cubin"])
     assert len(re.findall(r"\b(?:DADD|DFMA)\b", sass)) == 2, sass
 
 

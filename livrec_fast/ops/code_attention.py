@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._checks import check_same
-from .._dispatch import Backend, Op, refuse_wide
+from .._dispatch import Backend, Op, refuse_cuda, refuse_wide
 from ..reference import code_attention as reference
 from . import _attention
 from ._code_fields import check_fields, refuse_tiles
@@ -24,6 +24,25 @@ def _check_values(
     groups: Sequence[int], hashing: str, packed: bool,
 ) -> None:  # fmt: skip
     check_contents(codes, levels, offsets, packed)
+
+
+def _refuse_cuda(
+    q: Tensor, codes: Tensor, key_tables: Sequence[Tensor], value_tables: Sequence[Tensor],
+    offsets: Tensor, bias: Tensor | None, scale: float, levels: Sequence[int],
+    groups: Sequence[int], hashing: str, packed: bool,
+) -> str | None:  # fmt: skip
+    if reason := refuse_tiles(q, codes, key_tables, value_tables) or refuse_cuda(q):
+        return reason  # of Triton, too, which computes the gradient
+    if packed or codes.dtype not in (torch.uint8, torch.int16, torch.int32):
+        return "takes codes of uint8, int16 or int32, not packed"
+    tables = zip(key_tables, levels, strict=True)
+    if any(group != 1 for group in groups) or any(len(t) < level for t, level in tables):
+        return "takes codes that are rows of their tables: no groups, no hashing"
+    if sum(levels) + len(levels) > 2048:
+        return "looks up in shared memory: at most 2,048 rows in all fields, one more in each"
+    if q.shape[1] * q.shape[2] > 256:
+        return "looks up column by column: at most 256 candidates times heads"
+    return None
 
 
 def _triton_backward(
@@ -72,6 +91,8 @@ _op = Op(
     backends=(
         Backend("native", refuse_wide, backward=None),
         Backend("triton", refuse_tiles, _triton, _triton_backward),
+        # last on a GPU until it has been timed there: it has run on an emulated one only
+        Backend("cuda", _refuse_cuda, backward=_triton_backward),
     ),
     autocast=("q", "key_tables", "value_tables"),
 )
@@ -101,7 +122,8 @@ class _Sparse(torch.autograd.Function):
         cast = [table.to(out.dtype) for table in tables]  # as autocast did
         keys, values = cast[: len(cast) // 2], cast[len(cast) // 2 :]
         given = (q.to(out.dtype), codes, keys, values, offsets, bias, *ctx.rest)
-        found = gradient(grad, grad_lse, *given, out, lse, backend=ctx.backend)
+        backend = "triton" if ctx.backend == "cuda" else ctx.backend  # which has no gradient
+        found = gradient(grad, grad_lse, *given, out, lse, backend=backend)
         grad_bias = None if bias is None else found[1]
         sums = [*zip(found[2::3], found[3::3], strict=True)]
         sums += zip(found[2::3], found[4::3], strict=True)
@@ -171,7 +193,7 @@ def code_attention(
         packed: codes are uint8 [T, ceil(bits / 8)] of `pack_codes`.
         sparse: gradients of the tables are coalesced sparse COO tensors of the rows that were read,
             not dense ones. In eager mode only.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "cuda" or "reference".
 
     Returns:
         out [B, C, H, dv] in q's dtype, or (out, lse) with lse [B, C, H] in natural logarithm,
@@ -196,7 +218,11 @@ def code_attention(
     target_attention. On a GPU: 4 F bytes per row, and 4 H C (dv + 2) bytes for each user and each
     256 rows, or more of them where there are many; a code out of range counts as unknown, and the
     host does not wait. Triton takes at most 8 fields, and d and dv up to 128 in float32 and 256 in
-    16 bits; float32 is multiplied as three TF32 products.
+    16 bits; float32 is multiplied as three TF32 products. "cuda", which "auto" does not take where
+    Triton can run, keeps logits and weights of table rows in shared memory: it takes codes that are
+    rows themselves, uint8, int16 or int32, 2,048 in all fields, and C H up to 256; its workspace is
+    8 + 4 H C (dv + 2) bytes for each user and each 1,024 rows of codes, or more of them; gradients
+    are Triton's.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no table, a wrong

@@ -1,0 +1,211 @@
+"""The CUDA kernels, run on a CPU as tests/cuda/ emulates a GPU, against the formulas."""
+
+import platform
+import shutil
+from functools import partial
+
+import cuda_emulation as gpu
+import pytest
+import torch
+
+from livrec_fast.reference.code_attention import code_attention as formula
+from livrec_fast.testing.checks import check_forward, expected
+from livrec_fast.testing.subjects import FORMULA, corners, inputs_for, subjects
+
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
+    ),
+    pytest.mark.xdist_group("cuda_emulation"),  # compiled once
+]
+SUBJECTS = subjects()
+ATTENTION, VOTE = SUBJECTS["code_attention"], SUBJECTS["majority_vote"]
+ORDERS = (gpu.ASCENDING, gpu.DESCENDING, gpu.DRAWN)
+SIZES = {"B": 3, "C": 3, "L": 40, "F": 3, "N": 20, "H": 2, "d": 6, "dv": 5, "bias": 2}
+
+
+def agrees(inputs, **given):
+    """Hold the attention to the contract's rule; return what it gave."""
+    seen = []
+
+    def attend(*args):
+        seen.append(gpu.attend(*args, **given))
+        return seen[-1]
+
+    wanted = expected(ATTENTION, inputs)
+    check_forward(gpu.emulated(ATTENTION, attend), FORMULA, inputs, wanted)
+    (found,) = seen
+    return found
+
+
+def draw(dtype=torch.float32, offsets=None, **sizes):
+    """Draw inputs; with offsets, of histories that long."""
+    inputs = inputs_for(ATTENTION.oracle, {**SIZES, **sizes}, dtype)
+    if offsets is None:
+        return inputs
+    generator = torch.Generator().manual_seed(5)
+    items, levels = offsets[-1], [len(table) for table in inputs["key_tables"]]
+    columns = [torch.randint(-1, n, (items,), generator=generator) for n in levels]
+    inputs["codes"] = torch.stack(columns, 1).to(torch.int16)
+    inputs["offsets"] = torch.tensor(offsets)
+    if inputs["bias"] is not None:
+        inputs["bias"] = torch.randn(items, *inputs["bias"].shape[1:], generator=generator)
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_code_attention_in_the_corners_of_the_contract(dtype):
+    every = corners(ATTENTION.oracle).values()
+    plain = [sizes for sizes in every if not sizes["kind"] and sizes["N"] < 1000]
+    assert len(plain) > 12
+    for sizes in plain:
+        inputs = inputs_for(ATTENTION.oracle, sizes, dtype)
+        for limit in (gpu.H100, gpu.OLD):
+            agrees(inputs, limit=limit)
+
+
+@pytest.mark.parametrize("bias", [0, 1, 2])
+def test_code_attention_in_many_pieces(bias):
+    """Histories that end just before, at and after a piece's end, of several pieces, and none."""
+    offsets = [0, 1, 1, 1023, 1024, 2049, 2049, 5600, 5600]
+    inputs = draw(B=8, H=1, bias=bias, offsets=offsets)
+    out, lse = agrees(inputs)
+    empty = [1, 5, 7]
+    assert out[empty].eq(0).all() and lse[empty].isneginf().all()
+
+
+def test_code_attention_of_any_number_of_columns_and_rows():
+    """Tiles in part, several tiles, lanes from 128 down to 4 as memory gets short."""
+    for sizes in (
+        {"C": 1, "H": 1, "F": 1, "d": 1, "dv": 1},
+        {"C": 11, "H": 3, "d": 8, "dv": 70},
+        {"C": 40, "H": 2, "F": 2, "d": 33, "dv": 2},
+        {"C": 32, "H": 1, "F": 1, "N": 1, "d": 4, "dv": 4},
+        {"C": 4, "H": 4, "N": 300, "d": 128, "dv": 128, "B": 2},
+        {"C": 8, "H": 1, "F": 2, "N": 1000, "B": 1},
+        {"C": 1, "H": 4, "F": 8, "N": 250, "B": 1},
+        {"C": 32, "H": 1, "N": 9, "d": 256, "dv": 256, "B": 2, "dtype": torch.bfloat16},
+    ):
+        inputs = draw(**sizes)
+        for limit in (gpu.H100, gpu.OLD):
+            agrees(inputs, limit=limit)
+
+
+@pytest.mark.parametrize("kernel", ORDERS)
+def test_code_attention_does_not_depend_on_the_order_of_blocks_and_threads(kernel):
+    inputs = draw(B=3, C=9, bias=1, offsets=[0, 700, 2100, 3000])
+    args = ATTENTION.arguments(inputs)
+    for limit in (gpu.H100, gpu.OLD):
+        first = gpu.attend(*args, limit=limit)
+        again = gpu.attend(*args, limit=limit, order=kernel)
+        assert all(a.equal(b) and a.any() for a, b in zip(first, again, strict=True))
+
+
+def test_code_attention_reads_codes_of_every_width():
+    inputs = draw(N=100, offsets=[0, 30, 30, 77])
+    inputs["codes"] = inputs["codes"].abs()  # as uint8 has no -1
+    found = []
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        found.append(agrees(inputs | {"codes": inputs["codes"].to(dtype)}))
+    assert all(one.equal(found[0][at]) for each in found for at, one in enumerate(each))
+
+
+def test_code_attention_of_hot_logits():
+    """Up to 10^4 of both signs, and one that outweighs all: whole numbers, exact in float32."""
+    inputs = draw(F=2, H=1, bias=1, offsets=[0, 1300, 1301, 2100])
+    generator = torch.Generator().manual_seed(0)
+    for field, table in enumerate(inputs["key_tables"]):
+        inputs["key_tables"][field] = torch.randint(
+            -9, 10, table.shape, generator=generator
+        ).float()
+    inputs |= {"q": torch.full((3, 3, 1, 6), 50.0), "scale": 2.0}
+    inputs["bias"] = torch.arange(2100).float() % 2 * 20_000 - 10_000
+    agrees(inputs)
+    inputs["bias"] = torch.zeros(2100)
+    inputs["bias"][[17, 1700]] = 10_000.0
+    agrees(inputs)
+
+
+def test_code_attention_far_below_zero_in_one_piece_and_masked_in_another():
+    inputs = draw(B=2, bias=1, offsets=[0, 2500, 2600])
+    inputs["bias"] = torch.full((2600,), -1e4)
+    inputs["bias"][:1024] = -torch.inf
+    inputs["bias"][2500:] = -torch.inf
+    out, lse = agrees(inputs)
+    assert out[1].eq(0).all() and lse[1].isneginf().all() and out[0].all()
+
+
+def test_code_attention_stays_in_bounds():
+    """The host does not look at contents: codes out of range are unknown, offsets are cut off."""
+    codes = torch.tensor([[0, 1], [2, 0], [-7, 1], [1, 3], [1, 2]], dtype=torch.int32)
+    tables = [torch.ones(2, 1, 4), torch.full((3, 1, 4), 2.0)]
+    q, rest = torch.zeros(3, 1, 1, 4), (None, 1.0, (2, 3), (1, 1), "modulo", False)
+    offsets = torch.tensor([-3, 2**62, 2**62, 2**62])
+    out, lse = gpu.attend(q, codes, tables, tables, offsets, *rest)
+    assert torch.allclose(out[:, 0, 0, 0], torch.tensor([(3.0 + 2 + 2 + 1 + 3) / 5, 0, 0]))
+    for bad in ([5, 1, 4, 0], [2**62, -(2**62), 3, 2], [0, 5, 0, 5]):
+        for order in ORDERS:
+            again = gpu.attend(q, codes, tables, tables, torch.tensor(bad), *rest, order=order)
+            assert not any(one.isnan().any() for one in again)
+
+
+def test_code_attention_of_offsets_that_descend_reads_nothing_unwritten():
+    inputs = draw(B=4, offsets=[0, 900, 2100, 3900, 5000])
+    args = ATTENTION.arguments(inputs)
+    for bad in (
+        [0, 4500, 1200, 3900, 5000],
+        [5000, 0, 5000, 0, 5000],
+        [4000, 3000, 2000, 1000, 0],
+        [0, 5000, 1000, 1000, 1000],
+    ):
+        args[4] = torch.tensor(bad)
+        first, *others = (gpu.attend(*args, order=order) for order in ORDERS)
+        assert not any(one.isnan().any() for one in first)
+        assert all(a.equal(b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_code_attention_says_what_does_not_fit():
+    q, offsets = torch.zeros(1, 1, 1, 4), torch.tensor([0, 1])
+    for levels in ((2047, 1), (1,) * 9):
+        tables = [torch.ones(level, 1, 4) for level in levels]
+        codes = torch.zeros(1, len(levels), dtype=torch.int32)
+        groups = (1,) * len(levels)
+        with pytest.raises(AssertionError):
+            gpu.attend(
+                q, codes, tables, tables, offsets, None, 1.0, levels, groups, "modulo", False
+            )
+
+
+def test_code_attention_of_tables_with_more_rows_than_codes():
+    inputs = draw(N=9, offsets=[0, 12, 40, 41])
+    *args, levels, groups, hashing, packed = ATTENTION.arguments(inputs)
+    args[1] = args[1].clamp(max=1)
+    rest = ([2, 2, 2], groups, hashing, packed)
+    wanted = formula(*args, levels, *rest[1:])
+    for one, other in zip(gpu.attend(*args, *rest), wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-5) and one.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_majority_vote_in_the_corners_of_the_contract(dtype):
+    """All cases that it takes, in any order of blocks and threads."""
+    taken = 0
+    for case, sizes in corners(VOTE.oracle).items():
+        inputs = inputs_for(VOTE.oracle, sizes)
+        if inputs.get("rule", "per_level") != "per_level" or sum(inputs["levels"]) > 12288:
+            continue
+        codes = inputs["codes"]
+        inputs["codes"] = codes.clamp(0, 255).to(dtype) if dtype == torch.uint8 else codes.to(dtype)
+        wanted = VOTE.run(inputs, FORMULA)
+        for order in ORDERS:
+            subject = gpu.emulated(VOTE, partial(gpu.vote, order=order))
+            assert subject.run(inputs, FORMULA).equal(wanted), case
+        taken += len(wanted) > 0
+    assert taken > 3
+
+
+def test_majority_vote_stays_in_bounds():
+    codes = torch.tensor([[0, 1], [7, 1], [-7, 1], [0, 3], [1, 2]], dtype=torch.int32)
+    offsets = torch.tensor([-3, 2**62, 1, 3, 2**40])
+    voted = gpu.vote(codes, offsets, (2, 3), "per_level")
+    assert voted.tolist() == [[0, 1], [-1, -1], [-1, 1], [1, 2]]
