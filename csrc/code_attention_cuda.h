@@ -8,17 +8,17 @@
 // pieces together, in their order.
 //
 // Terms are exponentials of an item's own logit, so that none is lost whatever the logits. The
-// products of exponentials per row that a CPU takes (code_attention.h) would save little here: 32
-// columns take 2 cycles of an SM's exponentials for an item, while the 3 numbers per field and
-// column that are read and written in shared memory take 9 with 3 fields.
+// products of exponentials per row that a CPU takes (code_attention.h) would save little here: at
+// the rates of an H100's SM, 32 columns of an item take 2 cycles of exponentials, while the 3
+// numbers per field and column that are read and written in shared memory take 9 with 3 fields.
 //
 // Sums have no atomics. A lane owns a column of an item group, with sums of its own for each row,
 // and walks its items in order, four at a time: an item that names the row of one before it goes on
 // from that one's sum in a register, so that four loads are under way at once. A warp has the lanes
 // of one field, and lanes lie side by side: no two meet in a bank, and codes are read once for all
-// columns. More lanes hide more latency and take more memory: see `shape_of` in the .cu. Rows of
-// logits are read in 128 bits, four columns a thread; codes with plain loads, as their bytes are
-// about 1% of what an item moves.
+// columns. More lanes hide more latency and take more memory: see `shape_of` in code_blocks_cuda.h.
+// Rows of logits are read in 128 bits, four columns a thread; codes with plain loads, as they are a
+// small part of the bytes that an item moves.
 //
 // Bad contents touch no memory that is not theirs: a code out of range counts as unknown, offsets
 // are kept to the items there are, and where they descend, histories overlap or are empty.

@@ -50,11 +50,17 @@ def structure(**fields: str) -> type[ctypes.Structure]:
     return type("Job", (ctypes.Structure,), {"_fields_": listed})
 
 
-Attention = structure(
-    q="pointer", codes="pointer", code_type="int", items="long", fields="long", keys="pointer",
-    values="pointer", rows="pointer", type="int", offsets="pointer", users="long",
-    candidates="long", heads="long", dim="long", value_dim="long", bias="pointer",
-    bias_heads="long", scale="float", out="pointer", lse="pointer",
+ATTENTION = {
+    "q": "pointer", "codes": "pointer", "code_type": "int", "items": "long", "fields": "long",
+    "keys": "pointer", "values": "pointer", "rows": "pointer", "type": "int", "offsets": "pointer",
+    "users": "long", "candidates": "long", "heads": "long", "dim": "long", "value_dim": "long",
+    "bias": "pointer", "bias_heads": "long", "scale": "float", "out": "pointer", "lse": "pointer",
+}  # fmt: skip
+Attention = structure(**ATTENTION)
+Gradient = structure(
+    **ATTENTION, grad="pointer", made="pointer", grad_lse="pointer", grad_q="pointer",
+    grad_bias="pointer", key_sums="pointer", value_sums="pointer", found="pointer",
+    counts="pointer", room="long",
 )  # fmt: skip
 Votes = structure(
     codes="pointer", code_type="int", slices="long", offsets="pointer", histories="long",
@@ -88,28 +94,77 @@ def array(kind: Any, values: Sequence[int]) -> int:
     return ctypes.addressof(_kept[-1])
 
 
-def attend(
-    q: Tensor, codes: Tensor, key_tables: Sequence[Tensor], value_tables: Sequence[Tensor],
-    offsets: Tensor, bias: Tensor | None, scale: float, levels: Sequence[int], *rest: Any,
-    limit: int = H100, order: int = ASCENDING,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Do what `livrec::code_attention.cuda` does."""
-    lib = library("code_attention")
+def described(
+    lib: ctypes.CDLL, q: Tensor, codes: Tensor, key_tables: Sequence[Tensor],
+    value_tables: Sequence[Tensor], offsets: Tensor, bias: Tensor | None, scale: float,
+    levels: Sequence[int], groups: Sequence[int], hashing: str, packed: bool,
+) -> list[Any]:  # fmt: skip
+    """Return the fields of CodeAttentionCuda but for its results."""
+    assert not packed and all(group == 1 for group in groups)
     (users, candidates, heads, dim), value_dim = q.shape, value_tables[0].shape[2]
-    out, lse = q.new_empty(users, candidates, heads, value_dim), torch.empty(q.shape[:3])
     keys, values = (
         array(ctypes.c_void_p, [on_device(lib, table) for table in tables])
         for tables in (key_tables, value_tables)
     )
-    places = fresh(lib, out), fresh(lib, lse)
-    job = Attention(
+    bias_heads = 0 if bias is None else heads if bias.dim() == 2 else 1
+    return [
         on_device(lib, q), on_device(lib, codes), CODES[codes.dtype], len(codes), len(key_tables),
         keys, values, array(ctypes.c_int64, levels), TABLES[q.dtype], on_device(lib, offsets),
         users, candidates, heads, dim, value_dim, None if bias is None else on_device(lib, bias),
-        0 if bias is None else bias[0].numel() if len(bias) else 1, scale, *places,
-    )  # fmt: skip
-    assert lib.code_attention(ctypes.byref(job), limit, order) == 0
+        bias_heads, scale,
+    ]  # fmt: skip
+
+
+def attend(
+    q: Tensor, codes: Tensor, key_tables: Sequence[Tensor], value_tables: Sequence[Tensor],
+    *rest: Any, limit: int = H100, order: int = ASCENDING,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Do what `livrec::code_attention.cuda` does."""
+    lib = library("code_attention")
+    given = described(lib, q, codes, key_tables, value_tables, *rest)
+    out = q.new_empty(*q.shape[:3], value_tables[0].shape[2])
+    lse = torch.empty(q.shape[:3])
+    places = fresh(lib, out), fresh(lib, lse)
+    assert lib.code_attention(ctypes.byref(Attention(*given, *places)), limit, order) == 0
     return fetch(out, places[0]), fetch(lse, places[1])
+
+
+def differentiate(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, codes: Tensor, key_tables: Sequence[Tensor],
+    value_tables: Sequence[Tensor], offsets: Tensor, bias: Tensor | None, scale: float,
+    levels: Sequence[int], *rest: Any, limit: int = H100, order: int = ASCENDING,
+    room: int = 64 << 20,
+) -> list[Tensor]:  # fmt: skip
+    """Do what `livrec::code_attention_gradient.cuda` does."""
+    lib = library("code_attention_gradient")
+    *how, out, _ = rest
+    given = described(lib, q, codes, key_tables, value_tables, offsets, bias, scale, levels, *how)
+    shapes = (sum(levels), *key_tables[0].shape[1:]), (sum(levels), *value_tables[0].shape[1:])
+    made = [torch.empty(q.shape, dtype=q.dtype)]
+    made += [torch.empty(0 if bias is None else bias.shape), *map(torch.empty, shapes)]
+    made += [torch.empty(n, dtype=torch.int64) for n in (sum(levels), len(levels))]
+    places = [fresh(lib, one) for one in made]
+    flows = [None if one is None else on_device(lib, one) for one in (grad, out, grad_lse)]
+    job = Gradient(*given, None, None, *flows, *places, room)
+    assert lib.code_attention_gradient(ctypes.byref(job), limit, order) == 0
+    grad_q, grad_bias, keys, values, rows, counts = map(fetch, made, places)
+    found, begin = [grad_q, grad_bias], 0
+    for level, count in zip(levels, counts.tolist(), strict=True):
+        own = rows[begin : begin + count]
+        sums = [one[begin : begin + level] for one in (keys, values)]
+        found += [own, *(taken(lib, one, own) for one in sums)]
+        begin += level
+    return found
+
+
+def taken(lib: ctypes.CDLL, sums: Tensor, rows: Tensor) -> Tensor:
+    """Copy some rows as the kernels do."""
+    out = sums.new_empty(len(rows), *sums.shape[1:])
+    place, size = fresh(lib, out), ctypes.c_int64(sums[0].numel())
+    pointers = [ctypes.c_void_p(on_device(lib, one)) for one in (sums, rows)]
+    count = ctypes.c_int64(len(rows))
+    assert lib.take_rows(*pointers, count, size, ctypes.c_void_p(place)) == 0
+    return fetch(out, place)
 
 
 def vote(

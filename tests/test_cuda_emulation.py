@@ -12,12 +12,10 @@ from livrec_fast.reference.code_attention import code_attention as formula
 from livrec_fast.testing.checks import check_forward, expected
 from livrec_fast.testing.subjects import FORMULA, corners, inputs_for, subjects
 
-pytestmark = [
-    pytest.mark.skipif(
-        shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
-    ),
-    pytest.mark.xdist_group("cuda_emulation"),  # compiled once
-]
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64"
+)
+pytestmark = [needs_compiler, pytest.mark.xdist_group("cuda_emulation")]  # compiled once
 SUBJECTS = subjects()
 ATTENTION, VOTE = SUBJECTS["code_attention"], SUBJECTS["majority_vote"]
 ORDERS = (gpu.ASCENDING, gpu.DESCENDING, gpu.DRAWN)
@@ -38,19 +36,20 @@ def agrees(inputs, **given):
     return found
 
 
-def draw(dtype=torch.float32, offsets=None, **sizes):
-    """Draw inputs; with offsets, of histories that long."""
-    inputs = inputs_for(ATTENTION.oracle, {**SIZES, **sizes}, dtype)
-    if offsets is None:
-        return inputs
+def with_offsets(inputs, offsets):
+    """Return inputs of histories as long as `offsets` says."""
     generator = torch.Generator().manual_seed(5)
-    items, levels = offsets[-1], [len(table) for table in inputs["key_tables"]]
-    columns = [torch.randint(-1, n, (items,), generator=generator) for n in levels]
-    inputs["codes"] = torch.stack(columns, 1).to(torch.int16)
-    inputs["offsets"] = torch.tensor(offsets)
-    if inputs["bias"] is not None:
-        inputs["bias"] = torch.randn(items, *inputs["bias"].shape[1:], generator=generator)
-    return inputs
+    items, levels, bias = offsets[-1], map(len, inputs["key_tables"]), inputs["bias"]
+    columns = [torch.randint(-1, level, (items,), generator=generator) for level in levels]
+    changed = {"codes": torch.stack(columns, 1).to(torch.int16), "offsets": torch.tensor(offsets)}
+    if bias is not None:
+        changed["bias"] = torch.randn(items, *bias.shape[1:], generator=generator)
+    return inputs | changed
+
+
+def draw(dtype=torch.float32, offsets=None, **sizes):
+    inputs = inputs_for(ATTENTION.oracle, {**SIZES, **sizes}, dtype)
+    return inputs if offsets is None else with_offsets(inputs, offsets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_levels, check_one_dtype, check_tensor, named_items
-from .._dispatch import refuse_triton
+from .._dispatch import refuse_cuda, refuse_triton
 from ._prefix import check_arguments
 
 
@@ -34,6 +34,30 @@ def refuse_tiles(
     if q.shape[3] > most or value_tables[0].shape[2] > most:
         return "keeps rows in registers: d and dv at most 128 in float32, 256 in 16 bits"
     return refuse_triton(q)
+
+
+def refuse_look_ups(
+    most: int, q: Tensor, codes: Tensor, key_tables: Sequence[Tensor],
+    value_tables: Sequence[Tensor], offsets: Tensor, bias: Tensor | None, scale: float,
+    levels: Sequence[int], groups: Sequence[int], hashing: str, packed: bool, *rest: object,
+) -> str | None:  # fmt: skip
+    """Say why the CUDA kernels, which take `most` rows of tables, cannot take these, or None."""
+    if reason := refuse_cuda(q):
+        return reason
+    if q.dtype == torch.float64:
+        return "computes in float32; queries are float64"
+    if len(key_tables) > 8 or max(q.shape[3], value_tables[0].shape[2]) > 256:
+        return "takes at most 8 fields, and d and dv up to 256"
+    if packed or codes.dtype not in (torch.uint8, torch.int16, torch.int32):
+        return "takes codes of uint8, int16 or int32, not packed"
+    tables = zip(key_tables, levels, strict=True)
+    if any(group != 1 for group in groups) or any(len(t) < level for t, level in tables):
+        return "takes codes that are rows of their tables: no groups, no hashing"
+    if sum(levels) + len(levels) > most:
+        return f"looks up in shared memory: at most {most:,} rows in all fields, one more in each"
+    if q.shape[1] * q.shape[2] > 256:
+        return "looks up column by column: at most 256 candidates times heads"
+    return None
 
 
 def check_fields(

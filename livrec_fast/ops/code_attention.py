@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._checks import check_same
-from .._dispatch import Backend, Op, refuse_cuda, refuse_wide
+from .._dispatch import Backend, Op, refuse_wide
 from ..reference import code_attention as reference
 from . import _attention
-from ._code_fields import check_fields, refuse_tiles
+from ._code_fields import check_fields, refuse_look_ups, refuse_tiles
 from ._prefix import check_contents
 from .code_attention_gradient import gradient
 
@@ -26,35 +27,21 @@ def _check_values(
     check_contents(codes, levels, offsets, packed)
 
 
-def _refuse_cuda(
-    q: Tensor, codes: Tensor, key_tables: Sequence[Tensor], value_tables: Sequence[Tensor],
-    offsets: Tensor, bias: Tensor | None, scale: float, levels: Sequence[int],
-    groups: Sequence[int], hashing: str, packed: bool,
-) -> str | None:  # fmt: skip
-    if reason := refuse_tiles(q, codes, key_tables, value_tables) or refuse_cuda(q):
-        return reason  # of Triton, too, which computes the gradient
-    if packed or codes.dtype not in (torch.uint8, torch.int16, torch.int32):
-        return "takes codes of uint8, int16 or int32, not packed"
-    tables = zip(key_tables, levels, strict=True)
-    if any(group != 1 for group in groups) or any(len(t) < level for t, level in tables):
-        return "takes codes that are rows of their tables: no groups, no hashing"
-    if sum(levels) + len(levels) > 2048:
-        return "looks up in shared memory: at most 2,048 rows in all fields, one more in each"
-    if q.shape[1] * q.shape[2] > 256:
-        return "looks up column by column: at most 256 candidates times heads"
-    return None
+def _refuse_cuda(q: Tensor, codes: Tensor, *rest: Any) -> str | None:
+    # Triton's reasons, too: where tables are too large for the gradient, that is Triton's
+    return refuse_tiles(q, codes, *rest) or refuse_look_ups(2048, q, codes, *rest)
 
 
-def _triton_backward(
+def _backward(
     grads: Sequence[Tensor | None], q: Tensor, codes: Tensor, key_tables: Sequence[Tensor],
     value_tables: Sequence[Tensor], offsets: Tensor, bias: Tensor | None, *rest: Any,
-    outputs: Sequence[Tensor], needs: Sequence[bool],
+    kernel: str, outputs: Sequence[Tensor], needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Return the dense gradients that are wanted, of q, the tables and the bias."""
     out, lse = outputs
     grad = torch.zeros_like(out) if grads[0] is None else grads[0]
     given = (q, codes, key_tables, value_tables, offsets, bias, *rest)
-    found = gradient(grad, grads[1], *given, out, lse, backend="triton")
+    found = _differentiated(kernel, grad, grads[1], *given, out, lse)
     tables = [*key_tables, *value_tables]
     sums = [*zip(found[2::3], found[3::3], strict=True)]
     sums += zip(found[2::3], found[4::3], strict=True)
@@ -62,6 +49,13 @@ def _triton_backward(
     every += [_dense(*pair, table) for pair, table in zip(sums, tables, strict=True)]
     every += [None] if bias is None else [None, found[1]]
     return [one for one, need in zip(every, needs, strict=True) if need and one is not None]
+
+
+def _differentiated(kernel: str, *args: Any) -> list[Tensor]:
+    """Differentiate by a kernel, or by Triton what the CUDA one has no room for."""
+    if kernel == "cuda" and gradient.reasons(*args)["cuda"]:
+        kernel = "triton"
+    return gradient(*args, backend=kernel)
 
 
 def _dense(rows: Tensor, sums: Tensor, table: Tensor) -> Tensor:
@@ -90,9 +84,9 @@ _op = Op(
     check_values=_check_values,
     backends=(
         Backend("native", refuse_wide, backward=None),
-        Backend("triton", refuse_tiles, _triton, _triton_backward),
+        Backend("triton", refuse_tiles, _triton, partial(_backward, kernel="triton")),
         # last on a GPU until it has been timed there: it has run on an emulated one only
-        Backend("cuda", _refuse_cuda, backward=_triton_backward),
+        Backend("cuda", _refuse_cuda, backward=partial(_backward, kernel="cuda")),
     ),
     autocast=("q", "key_tables", "value_tables"),
 )
@@ -122,8 +116,7 @@ class _Sparse(torch.autograd.Function):
         cast = [table.to(out.dtype) for table in tables]  # as autocast did
         keys, values = cast[: len(cast) // 2], cast[len(cast) // 2 :]
         given = (q.to(out.dtype), codes, keys, values, offsets, bias, *ctx.rest)
-        backend = "triton" if ctx.backend == "cuda" else ctx.backend  # which has no gradient
-        found = gradient(grad, grad_lse, *given, out, lse, backend=backend)
+        found = _differentiated(ctx.backend, grad, grad_lse, *given, out, lse)
         grad_bias = None if bias is None else found[1]
         sums = [*zip(found[2::3], found[3::3], strict=True)]
         sums += zip(found[2::3], found[4::3], strict=True)
@@ -221,8 +214,8 @@ def code_attention(
     16 bits; float32 is multiplied as three TF32 products. "cuda", which "auto" does not take where
     Triton can run, keeps logits and weights of table rows in shared memory: it takes codes that are
     rows themselves, uint8, int16 or int32, 2,048 in all fields, and C H up to 256; its workspace is
-    8 + 4 H C (dv + 2) bytes for each user and each 1,024 rows of codes, or more of them; gradients
-    are Triton's.
+    8 + 4 H C (dv + 2) bytes for each user and each 1,024 rows of codes, or more of them. Its
+    gradient is that of `code_attention_gradient` by "cuda" up to 1,024 rows, else by "triton".
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, no table, a wrong

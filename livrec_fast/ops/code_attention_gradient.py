@@ -13,7 +13,7 @@ from .._dispatch import Backend, Op, refuse_wide
 from ..reference import code_attention_gradient as reference
 from ..reference._formula import wide_dtype
 from . import _attention
-from ._code_fields import check_fields, refuse_tiles
+from ._code_fields import check_fields, refuse_look_ups, refuse_tiles
 from ._prefix import check_contents
 
 
@@ -46,6 +46,10 @@ def _refuse_triton(grad: Tensor, grad_lse: Tensor | None, *rest: Any) -> str | N
     return refuse_tiles(*rest)
 
 
+def _refuse_cuda(grad: Tensor, grad_lse: Tensor | None, *rest: Any) -> str | None:
+    return refuse_look_ups(1024, *rest)
+
+
 def _triton(grad: Tensor, *rest: Any) -> list[Tensor]:
     from ..kernels import code_attention_gradient
 
@@ -60,7 +64,11 @@ gradient = Op(
     fake=_fake,
     reference=reference.code_attention_gradient,
     check_values=_check_values,
-    backends=(Backend("native", _refuse_native), Backend("triton", _refuse_triton, _triton)),
+    backends=(
+        Backend("native", _refuse_native),
+        Backend("triton", _refuse_triton, _triton),
+        Backend("cuda", _refuse_cuda),  # last until it has been timed, as for the attention
+    ),
     differentiable=False,
 )
 
@@ -119,7 +127,7 @@ def code_attention_gradient(
         groups: as for the attention.
         hashing: as for the attention.
         packed: as for the attention.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "cuda" or "reference".
 
     Returns:
         [grad_q, grad_bias, rows_1, key_sums_1, value_sums_1, rows_2, ...]: grad_q in q's dtype;
@@ -139,8 +147,11 @@ def code_attention_gradient(
     values and their gradients in full, the keys and values F times more in float32, a float32 copy
     of the tables, and four arrays of C x H x the longest history. Of Triton:
     4 H (d + dv + 1) bytes per row of codes, that of the attention with 2 d + 3 for dv + 2, and a
-    sort of each field's rows. The numbers of rows depend on the codes: on a GPU the host waits for
-    them.
+    sort of each field's rows. "cuda" takes codes that are rows themselves, uint8, int16 or int32,
+    1,024 in all fields, and C H up to 256; its workspace is 64 MiB at most of sums by row, or a
+    piece's, 8 + 4 H C (d + 3) bytes for each user and each 1,024 rows of codes, or more of them,
+    16 H C for each user, and the tables' gradients in full. The numbers of rows depend on the
+    codes: on a GPU the host waits for them.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, level, choice, offset
