@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,14 +30,14 @@ _kept: list[Any] = []  # what pointers lead to
 @cache
 def library(name: str) -> ctypes.CDLL:
     """Compile a kernel for this machine."""
-    made = Path(mkdtemp()) / f"{name}.so"
     folders = [f"-I{ROOT / 'tests' / 'cuda'}", f"-I{ROOT / 'csrc'}"]
     source = str(ROOT / "tests" / "cuda" / f"{name}.cpp")
-    done = subprocess.run(
-        ["g++", *FLAGS, *CHECKS, *folders, source, "-o", str(made)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(made))
+    with TemporaryDirectory() as folder:
+        made = str(Path(folder) / f"{name}.so")
+        command = ["g++", *FLAGS, *CHECKS, *folders, source, "-o", made]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        loaded = ctypes.CDLL(made)
     loaded.guarded.restype = ctypes.c_void_p
     return loaded
 

@@ -1,5 +1,8 @@
 """The CUDA kernels, run on a CPU as tests/cuda/ emulates a GPU, against the formulas."""
 
+import ctypes
+import faulthandler
+import os
 import platform
 import shutil
 from functools import partial
@@ -18,6 +21,7 @@ needs_compiler = pytest.mark.skipif(
 pytestmark = [needs_compiler, pytest.mark.xdist_group("cuda_emulation")]  # compiled once
 SUBJECTS = subjects()
 ATTENTION, VOTE = SUBJECTS["code_attention"], SUBJECTS["majority_vote"]
+PLAIN = {"rows": 2**31, "kind": 0, "hash": 0, "pack": 0, "odd": 0}
 ORDERS = (gpu.ASCENDING, gpu.DESCENDING, gpu.DRAWN)
 SIZES = {"B": 3, "C": 3, "L": 40, "F": 3, "N": 20, "H": 2, "d": 6, "dv": 5, "bias": 2}
 
@@ -163,16 +167,47 @@ def test_code_attention_of_offsets_that_descend_reads_nothing_unwritten():
         assert all(a.equal(b) for other in others for a, b in zip(first, other, strict=True))
 
 
-def test_code_attention_says_what_does_not_fit():
-    q, offsets = torch.zeros(1, 1, 1, 4), torch.tensor([0, 1])
-    for levels in ((2047, 1), (1,) * 9):
-        tables = [torch.ones(level, 1, 4) for level in levels]
-        codes = torch.zeros(1, len(levels), dtype=torch.int32)
-        groups = (1,) * len(levels)
-        with pytest.raises(AssertionError):
-            gpu.attend(
-                q, codes, tables, tables, offsets, None, 1.0, levels, groups, "modulo", False
-            )
+def at_the_limits(rows):
+    """Draw as much as the op lets through: 8 fields, `rows` rows with the unknown ones, d = 256."""
+    inputs = draw(torch.bfloat16, F=8, B=1, C=1, H=1, L=5, N=22, d=256, dv=256)
+    sizes = [1] * 7 + [rows - 15]
+    generator = torch.Generator().manual_seed(1)
+    for name in ("key_tables", "value_tables"):
+        made = [torch.randn(size, 1, 256, generator=generator) for size in sizes]
+        inputs[name] = [table.to(torch.bfloat16) for table in made]
+    inputs["codes"] = inputs["codes"].clamp(max=0)
+    inputs["codes"][:, 7] = rows - 16
+    return inputs
+
+
+def test_code_attention_at_its_limits_fits_every_chip_and_no_more():
+    agrees(at_the_limits(2048), limit=gpu.OLD)
+    with pytest.raises(AssertionError):
+        agrees(at_the_limits(2049), limit=gpu.H100)
+
+
+@pytest.mark.parametrize(
+    "name, most", [("code_attention", 2048), ("code_attention_gradient", 1024)]
+)
+def test_what_the_op_lets_through_and_refuses(name, most, monkeypatch):
+    """As if the tensors were on a GPU."""
+    subject = SUBJECTS[name]
+    monkeypatch.setattr("livrec_fast.ops._code_fields.refuse_cuda", lambda tensor: None)
+    monkeypatch.setattr("livrec_fast.ops._code_fields.refuse_triton", lambda tensor: None)
+
+    def said(**sizes):
+        return subject.refusal(inputs_for(subject.oracle, {**SIZES, **PLAIN, **sizes}), "cuda")
+
+    assert said() is None and said(C=64, H=4) is None and said(F=8, d=100, dv=100) is None
+    assert said(F=1, N=most - 1) is None
+    assert f"at most {most:,} rows" in said(F=1, N=most)
+    assert "at most 256 candidates" in said(C=65, H=4)
+    assert "8 fields" in said(F=9)
+    assert all("no groups, no hashing" in said(kind=kind, rows=5) for kind in (1, 2, 3))
+    assert "not packed" in said(kind=1, pack=1)
+    inputs = inputs_for(subject.oracle, {**SIZES, **PLAIN})
+    inputs["codes"] = inputs["codes"].long()
+    assert "uint8, int16 or int32" in subject.refusal(inputs, "cuda")
 
 
 def test_code_attention_of_tables_with_more_rows_than_codes():
@@ -208,3 +243,30 @@ def test_majority_vote_stays_in_bounds():
     offsets = torch.tensor([-3, 2**62, 1, 3, 2**40])
     voted = gpu.vote(codes, offsets, (2, 3), "per_level")
     assert voted.tolist() == [[0, 1], [-1, -1], [-1, 1], [1, 2]]
+
+
+def killed_by(run, path):
+    """Run a function in a child; return the signal that ended it, and what it wrote to stderr."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        run()
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1]), path.read_text()
+
+
+def test_the_emulation_finds_faults(tmp_path):
+    """A barrier that some miss, memory beyond the end, more of it than allowed; and races show."""
+    lib = gpu.library("faults")
+    for run, words in (
+        (lib.run_uneven_barrier, "a barrier that not all threads reach"),
+        (lib.run_too_much_memory, "more shared memory than was asked for"),
+        (lib.run_beyond_the_end, ""),
+    ):
+        signal, told = killed_by(run, tmp_path / "stderr")
+        assert signal and words in told, words
+    seen = [(ctypes.c_int * 64)() for _ in ORDERS]
+    for out, order in zip(seen, ORDERS, strict=True):
+        lib.run_race(out, order)
+    assert len({tuple(out) for out in seen}) > 1

@@ -5,7 +5,14 @@ from functools import partial
 import cuda_emulation as gpu
 import pytest
 import torch
-from test_cuda_emulation import ORDERS, SIZES, SUBJECTS, needs_compiler, with_offsets
+from test_cuda_emulation import (
+    ORDERS,
+    SIZES,
+    SUBJECTS,
+    at_the_limits,
+    needs_compiler,
+    with_offsets,
+)
 
 from livrec_fast.reference.code_attention import code_attention as attention
 from livrec_fast.testing.checks import check_forward, expected
@@ -115,9 +122,7 @@ def test_bad_contents_stay_in_bounds():
         assert all(one.lt(20).all() and one.diff().gt(0).all() for one in first[2::3])
 
 
-def test_what_does_not_fit_is_refused():
-    inputs = draw([0, 3, 4, 5], F=1, bias=0)
-    table = torch.ones(1024, 2, 6)
-    args = GRADIENT.arguments(inputs | {"key_tables": [table], "value_tables": [table[..., :5]]})
+def test_its_limits_fit_every_chip_and_no_more():
+    agrees(attended(at_the_limits(1024)), limit=gpu.OLD)
     with pytest.raises(AssertionError):
-        gpu.differentiate(*args)
+        agrees(attended(at_the_limits(1025)), limit=gpu.H100)
