@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const __grid_constant__ Ca
     if (tile == 0 && threadIdx.x == 0) call.owners[index] = piece.items ? piece.user : -1;
     if (piece.items == 0) continue;
     const Block block = block_of(call, piece, index, tile, memory);
-    put_logits<Number>(call, block);
+    put_tables<Number>(call, block, nullptr);
     put_peaks(call, block);
     const Quad peak = block.peaks[block.quad];
     const auto weigh = [&](int item, uint16_t* rows, int stride) {

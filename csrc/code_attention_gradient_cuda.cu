@@ -77,15 +77,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Slopes of all rows, G_f, once all threads have come here again.
-template <typename Number>
-__device__ void put_slopes(const Call& call, const Block& block, const Slopes& slopes) {
-  put_queries<Number>(call, block, slopes.job.grad, call.value_dim);
-  __syncthreads();
-  put_products<Number>(call, block, call.values, call.value_dim, 1.0f, block.slopes);
-  __syncthreads();
-}
-
 // A number of each of the quad's columns, of `from` [users, columns]; 0 beyond the last column.
 __device__ Quad line_of(const Call& call, const Block& block, const float* from) {
   Quad line;
@@ -122,8 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (tile == 0 && threadIdx.x == 0) call.owners[index] = piece.items ? piece.user : -1;
     if (piece.items == 0) continue;
     const Block block = block_of(call, piece, index, tile, memory);
-    put_logits<Number>(call, block);
-    put_slopes<Number>(call, block, slopes);
+    put_tables<Number>(call, block, slopes.job.grad);
     put_peaks(call, block);
     const Quad peak = block.peaks[block.quad], base = line_of(call, block, slopes.bases);
     Quad total = {}, excess = {};
@@ -210,8 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Piece piece = piece_at(call, index);
     for (int64_t tile = 0; piece.items && tile < call.tiles; ++tile) {
       const Block block = block_of(call, piece, index, tile, memory);
-      put_logits<Number>(call, block);
-      if (sloping) put_slopes<Number>(call, block, slopes);
+      put_tables<Number>(call, block, sloping ? slopes.job.grad : nullptr);
       const Quad top = line_of(call, block, slopes.tops);
       const Quad inverse = line_of(call, block, slopes.inverses);
       const Quad base = line_of(call, block, slopes.bases);

@@ -217,13 +217,19 @@ __device__ void put_products(const Call& call, const Block& block, const void* c
   }
 }
 
-// The logits of all rows, once all threads have come here again.
+// The logits of all rows, and, given the gradient of the results, their slopes, once all threads
+// have come here again. One loop: products are long.
 template <typename Number>
-__device__ void put_logits(const Call& call, const Block& block) {
-  put_queries<Number>(call, block, call.job.q, call.dim);
-  __syncthreads();
-  put_products<Number>(call, block, call.keys, call.dim, call.job.scale, block.logits);
-  __syncthreads();
+__device__ void put_tables(const Call& call, const Block& block, const void* grad) {
+#pragma unroll 1
+  for (int sloping = 0; sloping < (grad ? 2 : 1); ++sloping) {
+    const int dims = sloping ? call.value_dim : call.dim;
+    put_queries<Number>(call, block, sloping ? grad : call.job.q, dims);
+    __syncthreads();
+    put_products<Number>(call, block, sloping ? call.values : call.keys, dims,
+                         sloping ? 1.0f : call.job.scale, sloping ? block.slopes : block.logits);
+    __syncthreads();
+  }
 }
 
 __device__ int row_of(const Call& call, int64_t item, int field) {
