@@ -131,7 +131,7 @@ void contrastive_units(const void* x, TableType type, bool normalize, TableType 
   }
 }
 
-#if defined(__AVX512BF16__) || defined(LIVREC_TILED)
+#if defined(LIVREC_PAIRS) || defined(LIVREC_TILED)
 bool contrastive_packs() { return true; }
 #else
 bool contrastive_packs() { return false; }

@@ -132,14 +132,14 @@ def test_cpu_objects_use_their_own_instruction_set(cpu_objects):
             assert re.search(rf"vfn?m(add|sub)\d+ps.*%{register}", code), (op, level)
         if level == "avx512_vnni" and "__AVX512VNNI__" in source:
             assert re.search(r"vpdpbusd.*%zmm", code), (op, level)
-        if level == "avx512_bf16" and op.startswith("contrastive"):
+        if level == "avx512_bf16" and op.startswith(("contrastive", "target_attention")):
             assert re.search(r"vdpbf16ps.*%zmm", code), (op, level)
         assert ("tdpbf16ps" in code) == (level == "amx"), (op, level)
         assert level == "amx" or not re.search(r"%tmm|ldtilecfg|tilerelease", code), (op, level)
 
 
 def test_levels_are_used_by_whom_the_contract_asks():
-    used = {"avx512_vnni": {"codebook"}, "avx512_bf16": {"contrastive"}}
+    used = {"avx512_vnni": {"codebook"}, "avx512_bf16": {"pairs"}}
     used["amx"] = {"contrastive", "matrix"}  # matrix_tiles.h is contrastive_tiles.h's alone
     macros = {level: f"__{level.replace('_', '').upper()}__" for level in used}
     macros["amx"] = "__AMX_BF16__"
@@ -147,3 +147,5 @@ def test_levels_are_used_by_whom_the_contract_asks():
     for level, stems in used.items():
         files = [f for f in (gates.ROOT / "csrc").iterdir() if macros[level] in f.read_text()]
         assert {f.stem.split("_")[0] for f in files} == stems, level
+    users = [f for f in (gates.ROOT / "csrc").iterdir() if '#include "pairs.h"' in f.read_text()]
+    assert {f.name for f in users} == {"contrastive_tiles.h", "attention_pairs.h"}

@@ -106,7 +106,7 @@ class Target:
 # Ops with code for a level that only adds instructions: others are there as at the level below.
 USED_BY = {
     "avx512_vnni": ("residual_kmeans", "kmeans_step"),
-    "avx512_bf16": ("in_batch_contrastive",),
+    "avx512_bf16": ("in_batch_contrastive", "target_attention"),
     "amx": ("in_batch_contrastive",),
 }
 
