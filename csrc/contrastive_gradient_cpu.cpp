@@ -36,7 +36,7 @@ constexpr int64_t kWordStride = kTileStride / 2;
 
 // Numbers rounded to bfloat16, as words of one number of each vector.
 LIVREC_INLINE Floats words_of_both(Floats first, Floats second) {
-#if defined(__AVX512BF16__)
+#if defined(LIVREC_PAIRS)
   const auto halves = [](Floats from) { return same_bits<Halves>(_mm512_cvtneps_pbh(from)); };
 #else
   const auto halves = [](Floats from) { return narrow_bf16(from); };
@@ -47,7 +47,7 @@ LIVREC_INLINE Floats words_of_both(Floats first, Floats second) {
 
 // Likewise of neighbours in two vectors.
 LIVREC_INLINE Floats words_of_neighbours(Floats low, Floats high) {
-#if defined(__AVX512BF16__)
+#if defined(LIVREC_PAIRS)
   return same_bits<Floats>(_mm512_cvtne2ps_pbh(high, low));
 #else
   const Ints even = lane_numbers() * 2;
