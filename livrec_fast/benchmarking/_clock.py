@@ -17,6 +17,7 @@ import torch
 
 Clock = Callable[[Callable[[], Any]], float]
 _LONG = 0.1  # seconds; to wake a thread and to fill the caches takes less than one of them
+_WARM = 0.005  # seconds; a processor at rest takes about so long to be at speed
 _SETTLE = 0.01  # seconds; idle OpenMP threads spin for a while, on cores that the next one needs
 
 
@@ -47,15 +48,21 @@ def clock_of(device: str) -> Clock:
 
 
 def cpu_clock(run: Callable[[], Any]) -> float:
-    """Time one run that follows another of its own, once other thread pools sleep.
+    """Time one run that follows others of its own, for _WARM seconds, once other thread pools sleep.
 
-    What a run finds is then its own doing: its threads awake, and in the caches what it left there.
-    A first run after a rest pays for both, and on a shared machine by what its neighbours do. Long
-    runs are timed at once: of them these are no part worth waiting for.
+    What a run finds is then its own doing: its threads awake, the processor at speed, and in the
+    caches what it left there. A first run after a rest pays for all of these, and on a shared
+    machine by what its neighbours do. Long runs are timed at once: of them these are no part worth
+    waiting for.
     """
     time.sleep(_SETTLE)
+    start = time.perf_counter()
     elapsed = _timed(run)
-    return elapsed if elapsed > _LONG else _timed(run)
+    if elapsed > _LONG:
+        return elapsed
+    while time.perf_counter() - start < _WARM:
+        _timed(run)
+    return _timed(run)
 
 
 def _timed(run: Callable[[], Any]) -> float:
