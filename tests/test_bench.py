@@ -190,7 +190,7 @@ def test_long_cases_count_the_first_run_and_repeat_who_is_quick():
     case = replace(a_case(contestant("slow", waits), contestant("quick", quick)), long=True)
     rows = run_case(case, Machine(), budget=0.2)
     assert slow.runs == 1 and rows[0]["rounds"] == 1 and rows[0]["p50_ms"] >= 300
-    assert rows[1]["rounds"] >= 3 and quick.runs == 2 * rows[1]["rounds"]  # each after one more
+    assert rows[1]["rounds"] >= 3 and quick.runs > 2 * rows[1]["rounds"]  # each after others
     assert isinstance(rows[0]["extra_bytes"], int | None)
 
 

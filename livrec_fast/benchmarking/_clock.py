@@ -48,7 +48,7 @@ def clock_of(device: str) -> Clock:
 
 
 def cpu_clock(run: Callable[[], Any]) -> float:
-    """Time one run that follows others of its own, for _WARM seconds, once other thread pools sleep.
+    """Time one run after others of its own, for _WARM seconds, once other thread pools sleep.
 
     What a run finds is then its own doing: its threads awake, the processor at speed, and in the
     caches what it left there. A first run after a rest pays for all of these, and on a shared
