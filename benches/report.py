@@ -9,6 +9,7 @@ results' folder, to which the summary points.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections import defaultdict
@@ -42,15 +43,13 @@ take seconds have few: the one that was held to agree, and more only of who is q
 second ratio. Cases timed otherwise, before that was so, are named below their table.
 """
 _KEEPING = ("108dd6adf0", "b687bd7007")  # commits before freed memory stayed with the process
-EARLIER = {
-    "each contestant pays for its own page faults": _KEEPING,
-    "a timed run follows another contestant's": (
-        *_KEEPING, "c4f2072c8e", "7f6f4bbfaa", "cf3c11a789", "11d516c4b6",
-    ),
-    "a timed run follows one of its own, however short": (
-        "b8e25b663b", "5c707057f7", "1fb977c189", "677763cfab",
-    ),
-}  # fmt: skip
+_FOLLOWING = (*_KEEPING, "c4f2072c8e", "7f6f4bbfaa", "cf3c11a789", "11d516c4b6")
+_ONE_BEFORE = ("b8e25b663b", "5c707057f7", "1fb977c189", "677763cfab")
+EARLIER = {  # commits, and the milliseconds below which a run was timed otherwise
+    "each contestant pays for its own page faults": (_KEEPING, math.inf),
+    "a timed run follows another contestant's": (_FOLLOWING, math.inf),
+    "a timed run of less than 5 ms follows just one of its own": (_ONE_BEFORE, 5.0),
+}
 COLUMNS = ("op", "case", "contestant", "p50 ms (p20 to p80)", "of floor", "GB/s", "TFLOP/s",
            "extra MB", "time, ours = 1", "as the system gives memory")  # fmt: skip
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -141,9 +140,11 @@ def summary(machine: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def earlier(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a line per way in which cases were once timed, with the ops that have such cases."""
-    for way, commits in EARLIER.items():
-        timed = (row for row in rows if "p50_ms" in row and row["commit"] in commits)
+    """Yield a line for each way in which cases were once timed, with the ops that have such."""
+    for way, (commits, below) in EARLIER.items():
+        timed = (
+            row for row in rows if row["commit"] in commits and row.get("p50_ms", below) < below
+        )
         if ops := sorted({row["op"] for row in timed}):
             yield f"- {way} in cases of: {', '.join(f'`{op}`' for op in ops)}"
 

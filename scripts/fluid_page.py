@@ -24,10 +24,10 @@ from livrec_fast.systems.fluid.tables import METRICS, TABLES, Results, Table, ov
 PAGE = Path(__file__).parent.parent / "docs" / "fluid.md"
 FILES = {  # of docs/fluid: the runs, by the names that the page has for them
     "world": "world", "streams": "comment-streams", "no-match": "world-no-match",
-    "too early": "world-too-early",
+    "too early": "world-too-early", "large world": "world-large",
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- (T\w+(?: \w+)*|no match|too early) -->\n).*?(<!-- end -->)", re.DOTALL)
-_BOTH = ["world", "streams"]
+_BOTH, _LARGE = ["world", "streams"], ["large world"]
 
 
 def keep(source: Path, target: Path) -> None:
@@ -169,9 +169,10 @@ def block(name: str, runs: Mapping[str, Results]) -> str:
         return without_match(runs["no-match"], with_rows(runs["world"], list(rows)))
     if name == "too early":
         return too_early(runs["too early"], runs["world"])
-    table = TABLES[name]
-    chosen = {which: with_rows(runs[which], list(table.rows)) for which in _BOTH}
-    if name == "T4":
+    which_runs = _LARGE if name.endswith(" large") else _BOTH
+    table = TABLES[name.removesuffix(" large")]
+    chosen = {which: with_rows(runs[which], list(table.rows)) for which in which_runs}
+    if table is TABLES["T4"]:
         return shown_first(chosen)
     return f"{values(table, chosen)}\n{orders(table, chosen)}"
 

@@ -184,9 +184,11 @@ def test_cases_timed_otherwise_are_named():
     rows = [
         {"op": op, "commit": at, "p50_ms": 1} for op, at in (("b", old), ("a", older), ("c", "x"))
     ]
-    pages, first = report.earlier([*rows, {"op": "d", "commit": older, "reason": "absent"}])
+    rows += [{"op": op, "commit": "1fb977c189", "p50_ms": ms} for op, ms in (("e", 4), ("f", 6))]
+    absent = {"op": "d", "commit": older, "reason": "absent"}
+    pages, first, short = report.earlier([*rows, absent])
     assert pages.endswith("cases of: `a`") and first.endswith("cases of: `a`, `b`")
-    assert not list(report.earlier(rows[2:]))
+    assert short.endswith("cases of: `e`") and not list(report.earlier([rows[2], absent]))
 
 
 def test_quick_residual_kmeans_ends_soon_and_names_every_peer(tmp_path):

@@ -26,10 +26,13 @@ def test_the_page_shows_the_results_beside_it(page):
     assert page.written(text, FOLDER) == text
     emptied = re.sub(r"(<!-- [Tn].*? -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.DOTALL)
     assert len(emptied) < len(text) - 3000 and page.written(emptied, FOLDER) == text
-    assert all(f"<!-- {name} -->" in text for name in (*TABLES, "no match", "too early"))
+    blocks = (*TABLES, *(f"{name} large" for name in TABLES), "no match", "too early")
+    assert all(f"<!-- {name} -->" in text for name in blocks)
 
 
-@pytest.mark.parametrize("name", ["world", "comment-streams", "world-no-match", "world-too-early"])
+@pytest.mark.parametrize(
+    "name", ["world", "world-large", "comment-streams", "world-no-match", "world-too-early"]
+)
 def test_every_row_has_five_seeds(page, name):
     results = page.read(FOLDER / f"{name}.csv")
     assert len(results) >= 5
