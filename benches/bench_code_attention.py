@@ -97,7 +97,7 @@ def cases(options: Options) -> Iterator[Case]:
             continue
         for items in (50, 500, 2_000):
             yield make("uniform", USERS, items, 8)
-        for candidates in (1, 8, 32, 64, 256):
+        for candidates in (1, 8, 32, 64, 128, 256):
             yield make("uniform", USERS, ITEMS, candidates)
         yield make("zipf", USERS, ITEMS, 8)
         if streams():

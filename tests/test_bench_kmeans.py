@@ -45,7 +45,7 @@ def test_blocks_join_to_the_whole_and_are_noted(monkeypatch):
 def test_the_quickest_way_wins():
     peers, calls = module("peers"), []
     ways = {"slow": lambda: sum(range(300_000)), "quick": lambda: calls.append(1)}
-    assert peers.quickest("cpu", ways) == "quick" and len(calls) == 3  # the last is timed
+    assert peers.quickest("cpu", ways) == "quick" and len(calls) > 3  # the last ones are timed
 
 
 def test_a_fresh_formula_is_compiled_for_itself():
