@@ -63,6 +63,18 @@ def test_other_activations_agree_with_float64(kind, activation):
     check_gradients(subject, "native", inputs, wanted)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("candidates, d, dv", [(1, 16, 16), (3, 32, 48), (40, 16, 32)])
+def test_histories_in_bfloat16_agree_with_float64(kind, candidates, d, dv):
+    """Where the processor multiplies words of two numbers, these are their widths and scales."""
+    subject = SUBJECTS["target_attention"]
+    inputs = draw(kind, 2, 1_501, candidates=candidates, bias="heads", d=d, dv=dv)
+    inputs |= {name: inputs[name].bfloat16() for name in ("q", "k", "v")}
+    wanted = expected(subject, inputs)
+    check_forward(subject, "native", inputs, wanted)
+    check_gradients(subject, "native", inputs, wanted)
+
+
 @pytest.mark.parametrize("candidates", [1, 2, 31, 33, 300])
 @pytest.mark.parametrize("isa", _native.isa_levels() if _native.MISSING is None else [])
 def test_every_level_at_every_count_of_candidates(isa, candidates):
@@ -125,3 +137,31 @@ def test_keys_that_are_the_values(kernel):
     wanted = sum(torch.autograd.grad(want.square().sum(), (x, y)))
     assert wanted.any()
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_gradients_past_the_caches_are_those_of_each_user_alone(dtype, candidates):
+    """Gradients of 16 MB and more are written past the caches, in 16 bits a tile at a time."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [33_001, 36_000, 34_999, 36_000]
+    q = torch.randn(4, candidates, 4, 16, generator=generator).to(dtype).requires_grad_()
+    k, v = (
+        torch.randn(sum(lengths), 4, 16, generator=generator).to(dtype).requires_grad_()
+        for _ in range(2)
+    )
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    grad = torch.randn(q.shape, generator=generator).to(dtype)
+    assert k.numel() * k.element_size() >= 16 << 20
+    out = target_attention(q, k, v, offsets, backend="native")
+    found = torch.autograd.grad(out, (q, k, v), grad)
+    for user, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        own = [x[first:last] for x in (k, v)]
+        alone = target_attention(
+            q[user : user + 1], *own, torch.tensor([0, last - first]), backend="native"
+        )
+        wanted = torch.autograd.grad(alone, (q, *own), grad[user : user + 1])
+        assert torch.equal(found[0][user], wanted[0][user])
+        assert all(
+            torch.equal(f[first:last], w) for f, w in zip(found[1:], wanted[1:], strict=True)
+        )

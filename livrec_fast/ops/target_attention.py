@@ -120,9 +120,10 @@ def target_attention(
 
     Numerics: logits and softmax are in float32 (float64 for float64) and stable, as the greatest
     logit is subtracted; the reference rounds weights to v's dtype before they meet v, and so does
-    the C++ kernel in bfloat16 on processors with AVX512-BF16, where d and dv are multiples of 16;
-    the others keep them in float32. NaN and inf in q, k and v spread as in PyTorch. Autocast casts
-    q, k and v, not the bias. The same inputs give the same bits on every run and, on a CPU, for any
+    the C++ kernel in bfloat16 on processors with AVX512-BF16, where d and dv are multiples of 16
+    (it rounds the gradients of logits, too, and weights below 2^-126 of the greatest are 0); the
+    others keep them in float32. NaN and inf in q, k and v spread as in PyTorch. Autocast casts q, k
+    and v, not the bias. The same inputs give the same bits on every run and, on a CPU, for any
     number of threads (the reference uses torch's matrix products, whose bits may change with it).
     Nothing is padded. Workspace on a CPU: for every 1,024 rows of a history that it begins (2,048
     for more than 256 candidates, and so on), 4 C H (dv + 2) bytes and in the gradient 4 C H (2 d +
