@@ -144,7 +144,7 @@ def history_search(
     half that at most. Scores past float32 mean nothing, though positions stay in range. Autocast
     leaves the inputs as they are. The same inputs give the same bits on every run and for any
     number of threads. Workspace: 8 B C bytes for each query_ids, required_bits, since or until that
-    is not int64 [B, C]. On a CPU: C (32 min(k, T) + 4,096) bytes for each of at most two parts per
+    is not int64 [B, C]. On a CPU: C (40 min(k, T) + 9,000) bytes for each of at most two parts per
     thread. On a GPU: 8 C k bytes for each of B + T / 1,024 pieces; offsets are cut off at T, what
     is not finite means nothing, and the host does not wait. Triton takes k up to 1,024. Of the
     reference: float32 copies of query and keys, one array of C x D x the longest history, and a few
