@@ -82,17 +82,21 @@ inline void turn_pairs(const Stretch& x, float* out, Ahead& ahead) {
     }
 }
 
-// Numbers of the first half and of the second, alternately.
-LIVREC_INLINE TwoHalves interleaved(TwoHalves x) {
+LIVREC_INLINE TwoHalves picked(TwoHalves x, TwoHalves places) {
 #if defined(__clang__)
   TwoHalves to;
-  for (int j = 0; j < 2 * kLanes; ++j) to[j] = x[j / 2 + j % 2 * kLanes];
+  for (int j = 0; j < 2 * kLanes; ++j) to[j] = x[places[j]];
   return to;
 #else
-  TwoHalves places;
-  for (int j = 0; j < 2 * kLanes; ++j) places[j] = static_cast<uint16_t>(j / 2 + j % 2 * kLanes);
   return __builtin_shuffle(x, places);
 #endif
+}
+
+// Numbers of the first half and of the second, alternately.
+LIVREC_INLINE TwoHalves interleaved(TwoHalves x) {
+  TwoHalves places;
+  for (int j = 0; j < 2 * kLanes; ++j) places[j] = static_cast<uint16_t>(j / 2 + j % 2 * kLanes);
+  return picked(x, places);
 }
 
 // Words of one number of two items: [half of the items, dim].

@@ -189,6 +189,14 @@ LIVREC_INLINE int64_t narrow_space(const AttentionPiece& piece, int64_t dim) {
   return piece.type == TableType::f32 || numbers > kNarrowTile ? 0 : numbers / 2;
 }
 
+// Writes bytes down for good, past the caches if that can be.
+LIVREC_INLINE void put_down(const float* from, int64_t bytes, void* to) {
+  if (streamable(to, bytes))
+    stream(reinterpret_cast<const char*>(from), bytes, static_cast<char*>(to));
+  else
+    __builtin_memcpy(to, from, static_cast<size_t>(bytes));
+}
+
 // Takes scratch memory apart.
 struct Space {
   float* next;

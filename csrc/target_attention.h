@@ -8,7 +8,7 @@
 // the same features. A piece is a stretch of one user's history; what it gives lies in memory of
 // its own, and the pieces are added up in their order, so that results do not depend on threads.
 // Keys are read in tiles of kTile items, transposed once for all rows: a row's logits are then
-// vectors along the items.
+// vectors along the items. Few rows go another way: see attention_across.h.
 //
 // The gradient takes two passes. The first finds m, Z and
 //
@@ -20,8 +20,8 @@
 // once, and adds up dq_r = scale sum_t dS_rt k_t, db_t = sum_r dS_rt. Other activations need no
 // first pass: dS = D w'(s). Nor do users all of whose lse are small: with lse, and what rounding
 // took from it, as the forward pass gives them, m and Z are known; e, which is then left in dS, is
-// sum_t dS_rt - grad_lse_r, and taken from dq times sum_t w_rt k_t: elsewhere it is rounding like
-// any other.
+// sum_t dS_rt - grad_lse_r, and taken from dq times sum_t w_rt k_t (estimated from a part of the
+// items, where candidates are few): elsewhere it is rounding like any other.
 #pragma once
 
 #include "prefix_ngram.h"

@@ -1,6 +1,6 @@
 #include "target_attention.h"
 
-#include "attention_pairs.h"
+#include "attention_across.h"
 #include "attention_tiles.h"
 
 namespace livrec {
@@ -101,6 +101,68 @@ struct PairTiles {
 };
 #endif
 
+#if defined(LIVREC_ACROSS)
+// Logits of a tile to what they weigh, and what is known of earlier ones made to fit them: the
+// greatest logits, and sums of exp(s - peak).
+template <int R, int W>
+LIVREC_INLINE void weigh_across(float* s, int64_t count, int64_t dim, float* out, float* peaks,
+                                float* totals) {
+  end_across<W>(s, count, -kInfinity);
+  const Floats known = load(peaks), most = peak_across<W>(s, count, known);
+  const Floats shift = shift_across(most);
+  Floats known_total = load(totals), total{};  // added up tile by tile: sums of few round less
+  if (bits_of_lanes<kLanes>(most > known) != 0) {
+    const Floats factors = exponential<kLanes>(known - shift);
+    for (int r = 0; r < R; ++r)
+      for (int64_t d = 0; d < dim; d += kLanes)
+        store(out + r * dim + d, load(out + r * dim + d) * factors[r]);
+    known_total *= factors;
+    store(peaks, most);
+  }
+  for (int64_t i = 0; i < count * W; i += kLanes) {
+    const Floats p = exponential<kLanes>(load(s + i) - shift);
+    store(s + i, p);
+    total += p;
+  }
+  store(totals, known_total + total);
+}
+
+template <typename Kind, int R, int W>
+void forward_across(const AttentionPiece& piece, float* out, float* peaks, float* sums) {
+  const int64_t groups = piece.groups, dim = piece.dim, width = piece.value_dim;
+  Space space{piece.scratch};
+  float *q = space.take(groups * dim * W), *s = space.take(kTile * W);
+  float* words = space.take(2 * kTile * W);
+  float *most = space.take(groups * kLanes), *totals = space.take(groups * kLanes);
+  const float factor = asked_across<W>(Kind(), piece.q, piece, dim, piece.scale, space.next, q);
+  for (int64_t group = 0; group < groups; ++group) {
+    store(most + group * kLanes, repeated<W>(peaks + group * R, R, 0.0f));
+    store(totals + group * kLanes, Floats{});
+  }
+  for (int64_t at = 0; at < piece.items; at += kTile)
+    for (int64_t group = 0; group < groups; ++group) {
+      const Items<Kind> keys(piece.k, piece, dim, group, at);
+      const Items<Kind> values(piece.v, piece, width, group, at);
+      const float* asked = q + group * (dim / Kind::kStep) * W;
+      float* sum = out + group * R * width;
+      if constexpr (W > 1)
+        products_across<Kind, W>(keys, asked, factor, s);
+      else
+        products_of_one(keys, piece.q + group * dim, s);
+      weigh_across<R, W>(s, keys.count, width, sum, most + group * kLanes, totals + group * kLanes);
+      const Weights weights = Kind::template weights_of<W>(s, keys.count, words);
+      gather_items<Kind, R, W>(weights.of_items, values, sum);
+    }
+  for (int64_t group = 0; group < groups; ++group) {
+    const Floats total = folded_across<W>(load(totals + group * kLanes));
+    for (int r = 0; r < R; ++r) {
+      peaks[group * R + r] = most[group * kLanes + r];
+      sums[group * R + r] = total[r];
+    }
+  }
+}
+#endif
+
 template <typename Tiles>
 void forward(const AttentionPiece& piece, float* out, float* peaks, float* sums) {
   Tiles tiles(piece);
@@ -145,8 +207,10 @@ int64_t target_attention_space(const AttentionPiece& piece, bool gradient) {
   const int64_t words = piece.type == TableType::bf16
                             ? kTile * kRowTile + piece.groups * (2 * piece.rows + 1) * widths / 2
                             : 0;
+  const int64_t across =  // a few times q and the gradient, and products of a tile
+      piece.rows > kLanes ? 0 : piece.groups * (3 * widths + 16) * kLanes + 4 * kTile * kLanes;
   return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) + words +
-         narrow + 16 * 16;
+         narrow + across + 16 * 16;
 }
 
 void target_attention_widen(const void* x, TableType type, int64_t candidates, int64_t heads,
@@ -180,6 +244,13 @@ void target_attention_forward(const AttentionPiece& piece, float* out, float* pe
   const int64_t all = piece.groups * piece.rows;
   for (int64_t r = 0; r < all * piece.value_padded; ++r) out[r] = 0.0f;
   for (int64_t r = 0; r < all; ++r) peaks[r] = -kInfinity, sums[r] = 0.0f;
+#if defined(LIVREC_ACROSS)
+  const bool done = across(piece, [&](auto kind, auto rows, auto width) {
+    forward_across<decltype(kind), decltype(rows)::value, decltype(width)::value>(piece, out, peaks,
+                                                                                  sums);
+  });
+  if (done) return;
+#endif
 #if defined(LIVREC_PAIRS)
   if (in_pairs(piece) && piece.activation == Activation::softmax)
     return forward<PairTiles>(piece, out, peaks, sums);

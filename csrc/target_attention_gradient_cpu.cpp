@@ -1,4 +1,4 @@
-#include "attention_pairs.h"
+#include "attention_across_gradient.h"
 #include "attention_tiles.h"
 
 namespace livrec {
@@ -231,11 +231,7 @@ struct Rows {
   void finish(const Tile& tile) const {
     if (to == nullptr || !held()) return;
     const int64_t row = piece.groups * dim * 2, bytes = tile.count * row;
-    char* out = static_cast<char*>(to) + tile.at * row;
-    if (streamable(out, bytes))
-      stream(reinterpret_cast<const char*>(narrow), bytes, out);
-    else
-      __builtin_memcpy(out, narrow, static_cast<size_t>(bytes));
+    put_down(narrow, bytes, static_cast<char*>(to) + tile.at * row);
   }
 };
 
@@ -274,6 +270,13 @@ void target_attention_slopes(const AttentionPiece& piece, const float* grad, con
   const GradientSpace space(piece);
   for (int64_t r = 0; r < piece.groups * piece.rows; ++r)
     peaks[r] = -kInfinity, sums[r] = slopes[r] = 0.0f;
+#if defined(LIVREC_ACROSS)
+  const bool done = across(piece, [&](auto kind, auto rows, auto width) {
+    slopes_across<decltype(kind), decltype(rows)::value, decltype(width)::value>(
+        piece, grad, base, peaks, sums, slopes);
+  });
+  if (done) return;
+#endif
   each_block(
       piece, space, grad,
       [&](Tile& tile, int64_t first, int64_t rows, bool) {
@@ -296,6 +299,16 @@ void target_attention_backward(const AttentionPiece& piece, const AttentionSlope
     for (int64_t r = 0; r < piece.groups * piece.rows; ++r) slopes.sums[r] = 0.0f;
     for (int64_t i = 0; i < piece.groups * piece.rows * piece.padded; ++i) slopes.keys[i] = 0.0f;
   }
+#if defined(LIVREC_ACROSS)
+  const bool both = slopes.dk != nullptr && slopes.dv != nullptr;
+  const bool done =
+      both && across(piece, [&](auto kind, auto rows, auto width) {
+        backward_across<decltype(kind), decltype(rows)::value, decltype(width)::value>(piece,
+                                                                                       slopes);
+      });
+  if (done && slopes.past_caches) end_stream();
+  if (done) return;
+#endif
   const bool shared = piece.shared;
   Panel keys{};
   const Rows dk{piece,    slopes.dk,       piece.dim,         piece.padded,

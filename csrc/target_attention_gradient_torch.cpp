@@ -9,7 +9,7 @@ struct Asked {
   float *q = nullptr, *grad = nullptr, *base = nullptr;
 };
 
-constexpr int64_t kPastCaches = 16 << 20;  // bytes of a gradient
+constexpr int64_t kPastCaches = 1 << 20;  // bytes of a gradient, as a core's own cache holds
 constexpr float kPlainLse = 16.0f;  // logits at which rounding of out still shows in no gradient
 
 struct Wanted {

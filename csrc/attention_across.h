@@ -1,0 +1,301 @@
+// Attention of up to sixteen candidates to keys and values whose rows are whole vectors, for the
+// CPU kernels of target attention; see vectors.h for how it is included.
+//
+// Nothing is transposed but q and the gradient, once: logits of an item are a vector across the
+// candidates, to which each number of its key is broadcast; sums of weighed items are vectors of
+// their numbers, to which weights are broadcast. Sums stay in registers while a tile goes by, and
+// a row of dk or dv is complete in one. On the way the next tile is asked of memory, a line with
+// each item: so little at a time stops nothing.
+#pragma once
+
+#include <type_traits>
+
+#include "attention_pairs.h"
+
+namespace livrec {
+namespace LIVREC_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+#define LIVREC_ACROSS 1
+
+template <int N>
+using Number = std::integral_constant<int, N>;
+
+typedef float LooseWord __attribute__((aligned(2), may_alias));
+
+// What the weights of a tile are multiplied as.
+struct Weights {
+  const float *of_items, *of_rows;  // [count / kStep, W] and [count, ceil(W / kStep)]
+};
+
+// Keys and values in float32. A number of one item or row is multiplied at a time.
+struct FloatItems {
+  typedef float Type;
+  static constexpr int kStep = 1;
+
+  template <int W>
+  static LIVREC_INLINE typename Lanes<W>::V add(typename Lanes<W>::V sum, float a,
+                                                typename Lanes<W>::V b) {
+    return sum + a * b;
+  }
+  static LIVREC_INLINE Floats load_row(const float* row) { return load(row); }
+  static LIVREC_INLINE Floats load_items(const float* row, int64_t, bool) { return load(row); }
+  static LIVREC_INLINE void store_row(float* row, Floats x, float) { store(row, x); }
+
+  template <int W>
+  static LIVREC_INLINE Weights weights_of(float* s, int64_t, float*) {
+    return {s, s};
+  }
+};
+
+#if defined(LIVREC_PAIRS)
+// In bfloat16, of which words of two are multiplied: numbers of an item, items, or rows. Weights
+// are rounded to it, which changes no more than rounding the result does.
+struct PairItems {
+  typedef uint16_t Type;
+  static constexpr int kStep = 2;
+
+  template <int W>
+  static LIVREC_INLINE typename Lanes<W>::V add(typename Lanes<W>::V sum, float a,
+                                                typename Lanes<W>::V b) {
+    typedef typename Lanes<W>::I I;
+    const I words = I{} + same_bits<int32_t>(a);  // as a float it may be no number
+    if constexpr (W == 4)
+      return _mm_dpbf16_ps(sum, same_bits<__m128bh>(words), same_bits<__m128bh>(b));
+    else if constexpr (W == 8)
+      return _mm256_dpbf16_ps(sum, same_bits<__m256bh>(words), same_bits<__m256bh>(b));
+    else
+      return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(words), same_bits<__m512bh>(b));
+  }
+  static LIVREC_INLINE Floats load_row(const uint16_t* row) { return widen_bf16(load_halves(row)); }
+  // Words of two items, or of one and zeros.
+  static LIVREC_INLINE Floats load_items(const uint16_t* row, int64_t stride, bool two) {
+    const Halves second = two ? load_halves(row + stride) : Halves{};
+    return same_bits<Floats>(interleaved(same_bits<TwoHalves>(both(load_halves(row), second))));
+  }
+  static LIVREC_INLINE void store_row(uint16_t* row, Floats x, float factor) {
+    *reinterpret_cast<LooseHalves*>(row) =
+        same_bits<Halves>(_mm512_cvtneps_pbh(same_bits<__m512>(x * factor)));
+  }
+
+  // Of s [count, W], with room for a tile of words of both kinds.
+  template <int W>
+  static LIVREC_INLINE Weights weights_of(float* s, int64_t count, float* words) {
+    float *of_items = words, *of_rows = words + kTile * W;
+    for (int64_t i = (count * W + kLanes - 1) / kLanes * kLanes; i % (2 * kLanes) != 0; i += kLanes)
+      store(s + i, Floats{});
+    TwoHalves places;  // numbers of two items alternately, items being W apart
+    for (int j = 0; j < 2 * kLanes; ++j)
+      places[j] = static_cast<uint16_t>(j / (2 * W) * 2 * W + j % (2 * W) / 2 + j % 2 * W);
+    for (int64_t i = 0; i < count * W; i += 2 * kLanes) {
+      const auto halves = same_bits<TwoHalves>(_mm512_cvtne2ps_pbh(
+          same_bits<__m512>(load(s + i + kLanes)), same_bits<__m512>(load(s + i))));
+      if constexpr (W > 1) {
+        store(of_rows + i / 2, same_bits<Floats>(halves));
+      } else {
+        Halves two[2];
+        __builtin_memcpy(two, &halves, sizeof(two));
+        for (int j = 0; j < 2; ++j)
+          store(of_rows + i + j * kLanes, same_bits<Floats>(__builtin_convertvector(two[j], Bits)));
+      }
+      store(of_items + i / 2, same_bits<Floats>(picked(halves, places)));
+    }
+    return {of_items, of_rows};
+  }
+};
+#endif
+
+// Candidates in a vector of as few lanes as hold them; by itself, one needs none.
+constexpr int width_of(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : rows <= 8 ? 8 : 16; }
+
+// Calls run(Number<rows>(), Number<W>()); rows are from kFirst to kLanes.
+template <int kFirst, typename Run>
+LIVREC_INLINE void with_rows(int64_t rows, const Run& run) {
+  if (rows == kFirst) return run(Number<kFirst>(), Number<width_of(kFirst)>());
+  if constexpr (kFirst < kLanes) with_rows<kFirst + 1>(rows, run);
+}
+
+// Calls run(FloatItems() or PairItems(), Number<rows>(), Number<W>()) if it can; returns whether.
+template <typename Run>
+LIVREC_INLINE bool across(const AttentionPiece& piece, const Run& run) {
+  if (piece.dim != piece.padded || piece.value_dim != piece.value_padded || piece.shared ||
+      piece.bias_heads != 0 || piece.activation != Activation::softmax || piece.rows < 1 ||
+      piece.rows > kLanes)
+    return false;
+  if (piece.type == TableType::f32) {
+    with_rows<1>(piece.rows, [&](auto rows, auto width) { run(FloatItems(), rows, width); });
+    return true;
+  }
+#if defined(LIVREC_PAIRS)
+  if (in_pairs(piece)) {
+    with_rows<1>(piece.rows, [&](auto rows, auto width) { run(PairItems(), rows, width); });
+    return true;
+  }
+#endif
+  return false;
+}
+
+// x [rows, words] of every group to [words, W]; candidates past the last are zeros.
+template <int W>
+inline void turn_across(const float* x, int64_t groups, int64_t rows, int64_t words, float* out) {
+  for (int64_t g = 0; g < groups; ++g, x += rows * words)
+    for (int64_t d = 0; d < words; ++d, out += W)
+      for (int64_t r = 0; r < W; ++r) out[r] = r < rows ? x[r * words + d] : 0.0f;
+}
+
+// Rows of float32 as they are multiplied with items. Returns what products are to be multiplied
+// with then; `space` is as large as x.
+template <int W>
+inline float asked_across(FloatItems, const float* x, const AttentionPiece& piece, int64_t dim,
+                          float, float*, float* out) {
+  turn_across<W>(x, piece.groups, piece.rows, dim, out);
+  return 1.0f;
+}
+
+#if defined(LIVREC_PAIRS)
+template <int W>
+inline float asked_across(PairItems, const float* x, const AttentionPiece& piece, int64_t dim,
+                          float scale, float* space, float* out) {
+  const float factor = pair_rows(x, piece.groups * piece.rows, dim, scale, space);
+  turn_across<W>(space, piece.groups, piece.rows, dim / 2, out);
+  return factor;
+}
+#endif
+
+// A number of each candidate as a vector, as often as it takes to fill one of kLanes.
+template <int W>
+LIVREC_INLINE Floats repeated(const float* x, int64_t rows, float others) {
+  float numbers[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) numbers[i] = i % W < rows ? x[i % W] : others;
+  return load(numbers);
+}
+
+// What the candidates in a vector of kLanes add up to, in the first W lanes.
+template <int W>
+LIVREC_INLINE Floats folded_across(Floats x) {
+  for (int step = kLanes / 2; step >= W; step /= 2) x += turn(x, step);
+  return x;
+}
+
+// What exponentials are taken less: where nothing counts, the greatest logit is -inf.
+LIVREC_INLINE Floats shift_across(Floats peak) { return peak == -kInfinity ? Floats{} : peak; }
+
+// A group's items in a tile, and memory to be asked for, a line with every kLanes words of them.
+template <typename Kind>
+struct Items {
+  typedef typename Kind::Type Type;
+  const Type* first;
+  int64_t stride, count, dim;
+  const char* next;
+
+  Items(const void* x, const AttentionPiece& piece, int64_t width, int64_t group, int64_t at)
+      : stride(piece.groups * width), count(least(kTile, piece.items - at)), dim(width) {
+    first = static_cast<const Type*>(x) + at * stride + group * dim;
+    // It may lie past the end, where nothing is read: what is asked for need not be there.
+    const int64_t ahead = (at + kTile) * stride + group * kTile * dim;
+    next = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(x) +
+                                         static_cast<uintptr_t>(ahead) * sizeof(Type));
+  }
+};
+
+template <int kCount>
+LIVREC_INLINE void ask_lines(const char*& next) {
+  for (int i = 0; i < kCount; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+}
+
+// s_t = sum_d x_td y_d across the candidates: y [words, W], s [count, W]. Each is a sum of two,
+// over every other word.
+template <typename Kind, int W>
+__attribute__((noinline)) void products_across(const Items<Kind>& items, const float* y,
+                                               float factor, float* s) {
+  typedef typename Lanes<W>::V V;
+  constexpr int kMany = 4, kWords = kLanes / Kind::kStep;
+  const int64_t stride = items.stride, count = items.count;
+  const char* next = items.next;
+  for (int64_t d = 0; d < items.dim; d += kLanes, y += kWords * W) {
+    V columns[kWords];
+    for (int j = 0; j < kWords; ++j) columns[j] = read<W>(y + j * W);
+    const auto some = [&](auto many, int64_t t) {
+      constexpr int kSome = decltype(many)::value;
+      const LooseWord* rows[kSome];
+      for (int i = 0; i < kSome; ++i)
+        rows[i] = reinterpret_cast<const LooseWord*>(items.first + (t + i) * stride + d);
+      float* to = s + t * W;
+      ask_lines<kSome / Kind::kStep>(next);
+      V even[kSome], odd[kSome];
+      for (int i = 0; i < kSome; ++i) even[i] = d > 0 ? read<W>(to + i * W) : V{}, odd[i] = V{};
+#pragma GCC unroll 8
+      for (int j = 0; j < kWords; j += 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < kSome; ++i) {
+          even[i] = Kind::template add<W>(even[i], rows[i][j], columns[j]);
+          odd[i] = Kind::template add<W>(odd[i], rows[i][j + 1], columns[j + 1]);
+        }
+      for (int i = 0; i < kSome; ++i) write<W>(to + i * W, even[i] + odd[i]);
+    };
+    int64_t t = 0;
+    for (; t + kMany <= count; t += kMany) some(Number<kMany>(), t);
+    for (; t < count; ++t) some(Number<1>(), t);
+  }
+  for (int64_t i = 0; factor != 1.0f && i < count * W; i += W)
+    write<W>(s + i, read<W>(s + i) * factor);
+}
+
+// The same for one candidate: products lane by lane, and lanes added up.
+template <typename Kind>
+__attribute__((noinline)) void products_of_one(const Items<Kind>& items, const float* y, float* s) {
+  const char* next = items.next;
+  for (int64_t t = 0; t < items.count; t += kLanes) {
+    Floats found[kLanes];
+    for (int64_t d = 0; d < items.dim; d += kLanes) ask_lines<kLanes / Kind::kStep>(next);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const typename Kind::Type* row = items.first + (t + i) * items.stride;
+      found[i] = Floats{};
+      for (int64_t d = 0; t + i < items.count && d < items.dim; d += kLanes)
+        found[i] += Kind::load_row(row + d) * load(y + d);
+    }
+    store(s + t, sums_of<kLanes>(found));
+  }
+}
+
+// Fills the vector that the last item begins, if it does not fill it itself.
+template <int W>
+LIVREC_INLINE void end_across(float* s, int64_t count, float value) {
+  for (int64_t i = count * W; i % kLanes != 0; ++i) s[i] = value;
+}
+
+// The greatest of a tile's logits and of those known, for every candidate.
+template <int W>
+LIVREC_INLINE Floats peak_across(const float* s, int64_t count, Floats known) {
+  Floats most = known;
+  for (int64_t i = 0; i < count * W; i += kLanes) most = greater<kLanes>(load(s + i), most);
+  for (int step = kLanes / 2; step >= W; step /= 2) most = greater<kLanes>(turn(most, step), most);
+  return most;
+}
+
+// to_r += sum_t w_tr x_t.
+template <typename Kind, int R, int W>
+__attribute__((noinline)) void gather_items(const float* w, const Items<Kind>& items, float* to) {
+  const int64_t stride = items.stride, count = items.count, dim = items.dim;
+  const char* next = items.next;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    Floats sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = Floats{};
+    const typename Kind::Type* row = items.first + d;
+    const float* weights = w;
+    for (int64_t t = 0; t < count; t += Kind::kStep, row += Kind::kStep * stride, weights += W) {
+      const Floats numbers = Kind::load_items(row, stride, t + 1 < count);
+      ask_lines<1>(next);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        sums[r] = Kind::template add<kLanes>(sums[r], weights[r], numbers);
+    }
+    for (int r = 0; r < R; ++r) store(to + r * dim + d, load(to + r * dim + d) + sums[r]);
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace LIVREC_ISA
+}  // namespace livrec

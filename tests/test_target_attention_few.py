@@ -1,0 +1,133 @@
+"""Target attention of few candidates, which the widest vectors hold at once, item by item."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import SUBJECTS
+
+from livrec_fast import _native, target_attention
+from livrec_fast.testing.checks import check_forward, check_gradients, expected
+
+pytestmark = pytest.mark.skipif(_native.MISSING is not None, reason=f"{_native.MISSING}")
+LENGTHS = [65, 1, 0, 300, 64, 63, 2]  # about tiles of 64 items, of which every fourth is sampled
+H = 3
+
+
+def draw(candidates, d, dv, dtype=torch.float32, lengths=LENGTHS, seed=0):
+    """Draw queries and histories; logits are of the size of one."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    q = torch.randn(len(lengths), candidates, H, d, generator=generator)
+    k, v = (torch.randn(int(offsets[-1]), H, n, generator=generator) for n in (d, dv))
+    made = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "offsets": offsets}
+    return made | {"bias": None, "scale": d**-0.5, "activation": "softmax", "return_lse": True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("candidates", range(1, 18))
+def test_every_count_agrees_with_float64(candidates, dtype):
+    subject = SUBJECTS["target_attention"]
+    for d, dv in [(16, 16), (48, 32)]:
+        inputs = draw(candidates, d, dv, dtype)
+        wanted = expected(subject, inputs)
+        check_forward(subject, "native", inputs, wanted)
+        check_gradients(subject, "native", inputs, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("candidates", [1, 2, 3, 7, 12])
+def test_every_candidate_is_as_if_alone(candidates, dtype):
+    inputs = draw(candidates, 32, 16, dtype)
+    out, lse = target_attention(**inputs, backend="native")
+    for c in range(candidates):
+        mine, own = target_attention(**inputs | {"q": inputs["q"][:, c : c + 1]}, backend="native")
+        close = (
+            {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+        )
+        torch.testing.assert_close(mine[:, 0], out[:, c], **close)
+        torch.testing.assert_close(own[:, 0], lse[:, c], rtol=1e-5, atol=1e-6)
+
+
+def gradients(backend, q, k, v, offsets, grad, dtype=torch.float32):
+    """Return the gradients of q, k and v."""
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    out = target_attention(*leaves, offsets, backend=backend)
+    return torch.autograd.grad(out, leaves, grad.to(dtype))
+
+
+@pytest.mark.parametrize("candidates", [1, 4, 8, 16])
+@pytest.mark.parametrize("kind", ["plain", "far from zero", "nearly equal", "one dominates"])
+def test_gradients_round_no_more_than_in_the_formula(kind, candidates):
+    """Most of all where keys and values are far from zero: a sample of the items corrects dq."""
+    inputs = draw(candidates, 16, 16, lengths=[3_000, 700])
+    q, k, v, offsets = (inputs[name] for name in ("q", "k", "v", "offsets"))
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    if kind == "far from zero":
+        k, v = k + 5, v + 100
+    if kind == "nearly equal":
+        k, v = k / 10 + 5, v / 10 + 100
+    if kind == "one dominates":
+        k[1_500] = q[0, 0] * 3
+    exact = gradients("reference", q, k, v, offsets, grad, torch.float64)
+
+    def errors(backend):
+        found = gradients(backend, q, k, v, offsets, grad)
+        return [
+            float((mine - true).norm() / true.norm())
+            for mine, true in zip(found, exact, strict=True)
+        ]
+
+    ours, eager = errors("native"), errors("reference")
+    assert all(mine <= 3 * other + 1e-7 for mine, other in zip(ours, eager, strict=True))
+    assert ours[0] < eager[0] / 2 or kind in ("plain", "one dominates")
+
+
+def test_all_weight_on_one_item_leaves_no_gradient_of_logits():
+    inputs = draw(5, 16, 16, lengths=[200])
+    q, k, v, offsets = (inputs[name] for name in ("q", "k", "v", "offsets"))
+    q[..., 0], k[..., 0] = 100.0, 0.0
+    k[77, :, 0] = 100.0
+    dq, dk, dv = gradients("native", q, k, v, offsets, torch.ones_like(q))
+    assert dq.abs().max() == 0 and dk.abs().max() == 0
+    torch.testing.assert_close(dv[77], torch.full_like(dv[77], 5.0))
+    assert dv.abs().sum() == dv[77].abs().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("candidates", [1, 6, 16])
+def test_nothing_past_the_history_is_looked_at(candidates, dtype):
+    inputs = draw(candidates, 16, 16, dtype)
+    grad = torch.ones_like(inputs["q"])
+
+    def all_of(k, v):
+        q, offsets = inputs["q"], inputs["offsets"]
+        return gradients("native", q, k, v, offsets, grad, dtype)
+
+    def within_nan(x):
+        wide = torch.full((len(x) + 80, *x.shape[1:]), float("nan"), dtype=dtype)
+        wide[: len(x)] = x
+        return wide[: len(x)]
+
+    plain = all_of(inputs["k"], inputs["v"])
+    for mine, other in zip(
+        plain, all_of(within_nan(inputs["k"]), within_nan(inputs["v"])), strict=True
+    ):
+        assert torch.isfinite(mine).all() and torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("wanted", [["k"], ["v"], ["q"], ["q", "k"]])
+def test_some_gradients_are_those_of_all(wanted):
+    inputs = draw(8, 16, 16)
+    run = partial(target_attention, offsets=inputs["offsets"], backend="native")
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("q", "k", "v")}
+    some = {
+        name: leaf if name not in wanted else leaf.detach().requires_grad_()
+        for name, leaf in leaves.items()
+    }
+    for name in set(some) - set(wanted):
+        some[name] = some[name].detach()
+    run(**leaves).square().sum().backward()
+    run(**some).square().sum().backward()
+    for name in wanted:
+        torch.testing.assert_close(some[name].grad, leaves[name].grad, rtol=1e-4, atol=1e-5)
