@@ -84,12 +84,18 @@ def _device() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """Return the processor's name."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def cpu_name(listing: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name, with family and model where it tells no kinds apart.
+
+    Virtual machines give names like "AMD EPYC" to processors of several generations.
+    """
+    facts: dict[str, str] = {}
+    for line in listing.read_text().splitlines() if listing.exists() else []:
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    kind = [f"{fact} {facts[fact]}" for fact in ("cpu family", "model") if fact in facts]
+    return name if any(map(str.isdigit, name)) else ", ".join([name, *kind])
 
 
 def _cuda() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from conftest import ROOT, python
 from livrec_fast import _native
 from livrec_fast._dispatch import OPS
 from livrec_fast.cli import main
-from livrec_fast.info import info
+from livrec_fast.info import cpu_name, info
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,20 @@ def test_versions_and_device(found):
     assert found["device"]["threads"] == torch.get_num_threads()
     assert found["device"]["cpu"] and found["device"]["cores"] >= 1
     assert len(found["device"]["gpus"]) == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ("AMD EPYC", "AMD EPYC, cpu family 25, model 17"),
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_generations_of_one_name_are_told_apart(given, name, tmp_path):
+    listing = tmp_path / "cpuinfo"
+    cpu = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {given}\n"
+    listing.write_text(cpu + "\n" + cpu.replace("17", "18"))
+    assert cpu_name(listing) == name
 
 
 def test_native(found):
