@@ -37,6 +37,16 @@ struct Dense {
   int64_t begin, end;
   float *scratch, *scores;
 
+  // Of the block that comes next, the one before this: a search looks at the latest items first.
+  // Before the first item nothing is read: what is asked for need not be there.
+  LIVREC_INLINE void ask_before(int64_t item, int64_t count, int64_t size) const {
+    const int64_t row = keys.stride * size, line = 64;
+    const auto from = reinterpret_cast<uintptr_t>(keys.keys) +
+                      static_cast<uintptr_t>((item - kSearchBlock) * row);
+    for (int64_t at = 0; at < count * row; at += line)
+      __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(at)), 0, 2);
+  }
+
   template <int N, int V>
   void run() const {
     const float* rows[kRows];
@@ -44,8 +54,7 @@ struct Dense {
     for (int64_t item = begin; item < end; item += kRows) {
       const int64_t some = least(kRows, end - item);
       for (int64_t r = 0; r < some; ++r) rows[r] = row_of(keys, item + r, scratch + r * keys.dim);
-      fetch(static_cast<const char*>(keys.keys) + (item + 2 * kRows) * keys.stride * size,
-            item + 3 * kRows <= end ? kRows * keys.stride * size : 0);
+      ask_before(item, some, size);
       float* out = scores + (item - begin) * (N * V);
       for (int v = 0; v < V; ++v) {
         const float* own = lanes + v * keys.dim * N;
