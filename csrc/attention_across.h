@@ -163,11 +163,12 @@ inline float asked_across(PairItems, const float* x, const AttentionPiece& piece
 }
 #endif
 
-// A number of each candidate as a vector, as often as it takes to fill one of kLanes.
+// A number of each candidate as a vector, as often as it takes to fill one of kLanes; zeros for
+// candidates past the last.
 template <int W>
-LIVREC_INLINE Floats repeated(const float* x, int64_t rows, float others) {
+LIVREC_INLINE Floats repeated(const float* x, int64_t rows) {
   float numbers[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) numbers[i] = i % W < rows ? x[i % W] : others;
+  for (int64_t i = 0; i < kLanes; ++i) numbers[i] = i % W < rows ? x[i % W] : 0.0f;
   return load(numbers);
 }
 

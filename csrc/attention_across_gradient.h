@@ -99,6 +99,19 @@ __attribute__((noinline)) void exchange_items(const float* w, const float* y,
   }
 }
 
+// What is known of a group's candidates and what is added up for them, as vectors of kLanes.
+struct AcrossSums {
+  float* at;
+  // peaks, factors and less, as AttentionSlopes has them
+  Floats shift() const { return load(at); }
+  Floats factor() const { return load(at + kLanes); }
+  Floats less() const { return load(at + 2 * kLanes); }
+  // sums of dS, of w, and of w of the tiles whose w k are added up
+  float* slope() const { return at + 3 * kLanes; }
+  float* weight() const { return at + 4 * kLanes; }
+  float* sampled() const { return at + 5 * kLanes; }
+};
+
 // q and grad of a piece across its candidates and row by row, and room for a tile's products.
 template <typename Kind, int R, int W>
 struct AcrossSpace {
@@ -142,6 +155,8 @@ struct AcrossSpace {
 #endif
   }
 
+  AcrossSums sums_of(int64_t group) const { return {sums + group * kAcrossSums * kLanes}; }
+
   LIVREC_INLINE void products(const Items<Kind>& keys, const Items<Kind>& values,
                               int64_t group) const {
     if constexpr (W > 1) {
@@ -161,8 +176,8 @@ void slopes_across(const AttentionPiece& piece, const float* grad, const float* 
                    float* sums, float* slopes) {
   const AcrossSpace<Kind, R, W> space(piece, grad);
   for (int64_t group = 0; group < piece.groups; ++group) {
-    const Floats less = repeated<W>(base + group * R, R, 0.0f);
-    Floats peak = repeated<W>(peaks + group * R, R, 0.0f), total{}, slope{};
+    const Floats less = repeated<W>(base + group * R, R);
+    Floats peak = repeated<W>(peaks + group * R, R), total{}, slope{};
     for (int64_t at = 0; at < piece.items; at += kTile) {
       const Items<Kind> keys(piece.k, piece, piece.dim, group, at);
       space.products(keys, Items<Kind>(piece.v, piece, piece.value_dim, group, at), group);
@@ -189,27 +204,12 @@ void slopes_across(const AttentionPiece& piece, const float* grad, const float* 
   }
 }
 
-// What is known of a group's candidates and what is added up for them, as vectors of kLanes.
-struct AcrossSums {
-  float* at;
-  // peaks, factors and less, as AttentionSlopes has them
-  Floats shift() const { return load(at); }
-  Floats factor() const { return load(at + kLanes); }
-  Floats less() const { return load(at + 2 * kLanes); }
-  // sums of dS, of w, and of w of the tiles whose w k are added up
-  float* slope() const { return at + 3 * kLanes; }
-  float* weight() const { return at + 4 * kLanes; }
-  float* sampled() const { return at + 5 * kLanes; }
-};
-
 template <int R, int W>
-AcrossSums sums_across(const AttentionSlopes& slopes, int64_t group, float* space) {
-  const AcrossSums sums{space + group * kAcrossSums * kLanes};
-  store(sums.at, shift_across(repeated<W>(slopes.peaks + group * R, R, 0.0f)));
-  store(sums.at + kLanes, repeated<W>(slopes.factors + group * R, R, 0.0f));
-  store(sums.at + 2 * kLanes, repeated<W>(slopes.less + group * R, R, 0.0f));
+void begin_sums(const AttentionSlopes& slopes, int64_t group, const AcrossSums& sums) {
+  store(sums.at, shift_across(repeated<W>(slopes.peaks + group * R, R)));
+  store(sums.at + kLanes, repeated<W>(slopes.factors + group * R, R));
+  store(sums.at + 2 * kLanes, repeated<W>(slopes.less + group * R, R));
   for (int i = 3; i < kAcrossSums; ++i) store(sums.at + i * kLanes, Floats{});
-  return sums;
 }
 
 LIVREC_INLINE void add_to(float* sum, Floats x) { store(sum, load(sum) + x); }
@@ -238,7 +238,7 @@ void backward_across(const AttentionPiece& piece, const AttentionSlopes& slopes)
   const int64_t dim = piece.dim, width = piece.value_dim;
   const bool large = slopes.past_caches, centers = slopes.sums != nullptr;
   for (int64_t group = 0; group < piece.groups; ++group)
-    sums_across<R, W>(slopes, group, space.sums);
+    begin_sums<R, W>(slopes, group, space.sums_of(group));
   for (int64_t at = 0; at < piece.items; at += kTile) {
     const bool sampled = centers && at / kTile % kSampledTiles == 0;
     for (int64_t group = 0; group < piece.groups; ++group) {
@@ -246,7 +246,7 @@ void backward_across(const AttentionPiece& piece, const AttentionSlopes& slopes)
       const Items<Kind> keys(piece.k, piece, dim, group, at);
       const Items<Kind> values(piece.v, piece, width, group, at);
       space.products(keys, values, group);
-      const AcrossSums sums{space.sums + group * kAcrossSums * kLanes};
+      const AcrossSums sums = space.sums_of(group);
       slope_across(sums, space.s, space.d, keys.count * W, sampled);
       const Sink<Kind> dk(slopes.dk, space.held_dk, dim, large, piece, group, at, space.factor);
       const Sink<Kind> dv(slopes.dv, space.held_dv, width, large, piece, group, at, 1.0f);
@@ -268,7 +268,7 @@ void backward_across(const AttentionPiece& piece, const AttentionSlopes& slopes)
     release<Kind>(slopes.dv, space.held_dv, width, large, piece, at);
   }
   for (int64_t group = 0; centers && group < piece.groups; ++group) {
-    const AcrossSums sums{space.sums + group * kAcrossSums * kLanes};
+    const AcrossSums sums = space.sums_of(group);
     const Floats slope = folded_across<W>(load(sums.slope())),
                  all = folded_across<W>(load(sums.weight())),
                  part = folded_across<W>(load(sums.sampled()));

@@ -136,7 +136,7 @@ void forward_across(const AttentionPiece& piece, float* out, float* peaks, float
   float *most = space.take(groups * kLanes), *totals = space.take(groups * kLanes);
   const float factor = asked_across<W>(Kind(), piece.q, piece, dim, piece.scale, space.next, q);
   for (int64_t group = 0; group < groups; ++group) {
-    store(most + group * kLanes, repeated<W>(peaks + group * R, R, 0.0f));
+    store(most + group * kLanes, repeated<W>(peaks + group * R, R));
     store(totals + group * kLanes, Floats{});
   }
   for (int64_t at = 0; at < piece.items; at += kTile)

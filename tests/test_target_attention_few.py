@@ -1,7 +1,5 @@
 """Target attention of few candidates, which the widest vectors hold at once, item by item."""
 
-from functools import partial
-
 import pytest
 import torch
 from conftest import SUBJECTS
@@ -40,6 +38,7 @@ def test_every_count_agrees_with_float64(candidates, dtype):
 def test_every_candidate_is_as_if_alone(candidates, dtype):
     inputs = draw(candidates, 32, 16, dtype)
     out, lse = target_attention(**inputs, backend="native")
+    assert (out != 0).float().mean() > 0.8  # all but those of the empty history
     for c in range(candidates):
         mine, own = target_attention(**inputs | {"q": inputs["q"][:, c : c + 1]}, backend="native")
         close = (
@@ -110,6 +109,7 @@ def test_nothing_past_the_history_is_looked_at(candidates, dtype):
         return wide[: len(x)]
 
     plain = all_of(inputs["k"], inputs["v"])
+    assert all((mine != 0).float().mean() > 0.6 for mine in plain)  # one item alone has no dq
     for mine, other in zip(
         plain, all_of(within_nan(inputs["k"]), within_nan(inputs["v"])), strict=True
     ):
@@ -117,17 +117,15 @@ def test_nothing_past_the_history_is_looked_at(candidates, dtype):
 
 
 @pytest.mark.parametrize("wanted", [["k"], ["v"], ["q"], ["q", "k"]])
-def test_some_gradients_are_those_of_all(wanted):
+def test_some_gradients_are_those_of_the_formula(wanted):
     inputs = draw(8, 16, 16)
-    run = partial(target_attention, offsets=inputs["offsets"], backend="native")
-    leaves = {name: inputs[name].clone().requires_grad_() for name in ("q", "k", "v")}
-    some = {
-        name: leaf if name not in wanted else leaf.detach().requires_grad_()
-        for name, leaf in leaves.items()
-    }
-    for name in set(some) - set(wanted):
-        some[name] = some[name].detach()
-    run(**leaves).square().sum().backward()
-    run(**some).square().sum().backward()
-    for name in wanted:
-        torch.testing.assert_close(some[name].grad, leaves[name].grad, rtol=1e-4, atol=1e-5)
+
+    def found(backend):
+        leaves = {
+            name: inputs[name].clone().requires_grad_(name in wanted) for name in ("q", "k", "v")
+        }
+        out = target_attention(**leaves, offsets=inputs["offsets"], backend=backend)
+        return torch.autograd.grad(out.square().sum(), [leaves[name] for name in wanted])
+
+    for mine, other in zip(found("native"), found("reference"), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
