@@ -8,104 +8,13 @@
 // each item: so little at a time stops nothing.
 #pragma once
 
-#include <type_traits>
-
-#include "attention_pairs.h"
+#include "attention_items.h"
 
 namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-#define LIVREC_ACROSS 1
-
-template <int N>
-using Number = std::integral_constant<int, N>;
-
-typedef float LooseWord __attribute__((aligned(2), may_alias));
-
-// What the weights of a tile are multiplied as.
-struct Weights {
-  const float *of_items, *of_rows;  // [count / kStep, W] and [count, ceil(W / kStep)]
-};
-
-// Keys and values in float32. A number of one item or row is multiplied at a time.
-struct FloatItems {
-  typedef float Type;
-  static constexpr int kStep = 1;
-
-  template <int W>
-  static LIVREC_INLINE typename Lanes<W>::V add(typename Lanes<W>::V sum, float a,
-                                                typename Lanes<W>::V b) {
-    return sum + a * b;
-  }
-  static LIVREC_INLINE Floats load_row(const float* row) { return load(row); }
-  static LIVREC_INLINE Floats load_items(const float* row, int64_t, bool) { return load(row); }
-  static LIVREC_INLINE void store_row(float* row, Floats x, float) { store(row, x); }
-
-  template <int W>
-  static LIVREC_INLINE Weights weights_of(float* s, int64_t, float*) {
-    return {s, s};
-  }
-};
-
-#if defined(LIVREC_PAIRS)
-// In bfloat16, of which words of two are multiplied: numbers of an item, items, or rows. Weights
-// are rounded to it, which changes no more than rounding the result does.
-struct PairItems {
-  typedef uint16_t Type;
-  static constexpr int kStep = 2;
-
-  template <int W>
-  static LIVREC_INLINE typename Lanes<W>::V add(typename Lanes<W>::V sum, float a,
-                                                typename Lanes<W>::V b) {
-    typedef typename Lanes<W>::I I;
-    const I words = I{} + same_bits<int32_t>(a);  // as a float it may be no number
-    if constexpr (W == 4)
-      return _mm_dpbf16_ps(sum, same_bits<__m128bh>(words), same_bits<__m128bh>(b));
-    else if constexpr (W == 8)
-      return _mm256_dpbf16_ps(sum, same_bits<__m256bh>(words), same_bits<__m256bh>(b));
-    else
-      return _mm512_dpbf16_ps(sum, same_bits<__m512bh>(words), same_bits<__m512bh>(b));
-  }
-  static LIVREC_INLINE Floats load_row(const uint16_t* row) { return widen_bf16(load_halves(row)); }
-  // Words of two items, or of one and zeros.
-  static LIVREC_INLINE Floats load_items(const uint16_t* row, int64_t stride, bool two) {
-    const Halves second = two ? load_halves(row + stride) : Halves{};
-    return same_bits<Floats>(interleaved(same_bits<TwoHalves>(both(load_halves(row), second))));
-  }
-  static LIVREC_INLINE void store_row(uint16_t* row, Floats x, float factor) {
-    *reinterpret_cast<LooseHalves*>(row) =
-        same_bits<Halves>(_mm512_cvtneps_pbh(same_bits<__m512>(x * factor)));
-  }
-
-  // Of s [count, W], with room for a tile of words of both kinds.
-  template <int W>
-  static LIVREC_INLINE Weights weights_of(float* s, int64_t count, float* words) {
-    float *of_items = words, *of_rows = words + kTile * W;
-    for (int64_t i = (count * W + kLanes - 1) / kLanes * kLanes; i % (2 * kLanes) != 0; i += kLanes)
-      store(s + i, Floats{});
-    TwoHalves places;  // numbers of two items alternately, items being W apart
-    for (int j = 0; j < 2 * kLanes; ++j)
-      places[j] = static_cast<uint16_t>(j / (2 * W) * 2 * W + j % (2 * W) / 2 + j % 2 * W);
-    for (int64_t i = 0; i < count * W; i += 2 * kLanes) {
-      const auto halves = same_bits<TwoHalves>(_mm512_cvtne2ps_pbh(
-          same_bits<__m512>(load(s + i + kLanes)), same_bits<__m512>(load(s + i))));
-      if constexpr (W > 1) {
-        store(of_rows + i / 2, same_bits<Floats>(halves));
-      } else {
-        Halves two[2];
-        __builtin_memcpy(two, &halves, sizeof(two));
-        for (int j = 0; j < 2; ++j)
-          store(of_rows + i + j * kLanes, same_bits<Floats>(__builtin_convertvector(two[j], Bits)));
-      }
-      store(of_items + i / 2, same_bits<Floats>(picked(halves, places)));
-    }
-    return {of_items, of_rows};
-  }
-};
-#endif
-
+#if defined(LIVREC_ACROSS)
 // Candidates in a vector of as few lanes as hold them; by itself, one needs none.
 constexpr int width_of(int rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : rows <= 8 ? 8 : 16; }
 
@@ -245,25 +154,23 @@ __attribute__((noinline)) void products_across(const Items<Kind>& items, const f
 
 // The same for one candidate: products lane by lane, and lanes added up.
 template <typename Kind>
-__attribute__((noinline)) void products_of_one(const Items<Kind>& items, const float* y, float* s) {
+__attribute__((noinline)) void products_of_one(const Items<Kind>& items, const float* y,
+                                               float factor, float* s) {
   const char* next = items.next;
   for (int64_t t = 0; t < items.count; t += kLanes) {
-    Floats found[kLanes];
     for (int64_t d = 0; d < items.dim; d += kLanes) ask_lines<kLanes / Kind::kStep>(next);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const typename Kind::Type* row = items.first + (t + i) * items.stride;
-      found[i] = Floats{};
-      for (int64_t d = 0; t + i < items.count && d < items.dim; d += kLanes)
-        found[i] += Kind::load_row(row + d) * load(y + d);
-    }
-    store(s + t, sums_of<kLanes>(found));
+    const typename Kind::Type* row = items.first + t * items.stride;
+    const Floats sums = t + kLanes <= items.count
+                            ? Kind::dots(row, items.stride, Number<kLanes>(), items.dim, y)
+                            : Kind::dots(row, items.stride, items.count - t, items.dim, y);
+    store(s + t, factor == 1.0f ? sums : sums * factor);
   }
 }
 
-// Fills the vector that the last item begins, if it does not fill it itself.
-template <int W>
+// Fills the vectors that the last item begins, if it does not fill them itself.
+template <typename Kind, int W>
 LIVREC_INLINE void end_across(float* s, int64_t count, float value) {
-  for (int64_t i = count * W; i % kLanes != 0; ++i) s[i] = value;
+  for (int64_t i = count * W; i % (Kind::kStep * kLanes) != 0; ++i) s[i] = value;
 }
 
 // The greatest of a tile's logits and of those known, for every candidate.
@@ -275,24 +182,36 @@ LIVREC_INLINE Floats peak_across(const float* s, int64_t count, Floats known) {
   return most;
 }
 
-// to_r += sum_t w_tr x_t.
+// to_r += sum_t w_tr x_t. Of few candidates, several sums are taken in turns: one waits for itself.
 template <typename Kind, int R, int W>
 __attribute__((noinline)) void gather_items(const float* w, const Items<Kind>& items, float* to) {
+  constexpr int kTurns = R >= 4 ? 1 : 4 / R;
   const int64_t stride = items.stride, count = items.count, dim = items.dim;
   const char* next = items.next;
   for (int64_t d = 0; d < dim; d += kLanes) {
-    Floats sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = Floats{};
+    Floats sums[kTurns][R];
+    for (auto& turn : sums)
+      for (Floats& sum : turn) sum = Floats{};
     const typename Kind::Type* row = items.first + d;
     const float* weights = w;
-    for (int64_t t = 0; t < count; t += Kind::kStep, row += Kind::kStep * stride, weights += W) {
-      const Floats numbers = Kind::load_items(row, stride, t + 1 < count);
-      ask_lines<1>(next);
+    const auto some = [&](auto many, int64_t t) {
+#pragma GCC unroll 4
+      for (int i = 0; i < decltype(many)::value;
+           ++i, t += Kind::kStep, row += Kind::kStep * stride, weights += W) {
+        const Floats numbers = Kind::load_items(row, stride, t + 1 < count);
+        ask_lines<1>(next);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        sums[r] = Kind::template add<kLanes>(sums[r], weights[r], numbers);
+        for (int r = 0; r < R; ++r)
+          sums[i][r] = Kind::template add<kLanes>(sums[i][r], weights[r], numbers);
+      }
+    };
+    int64_t t = 0;
+    for (; t + kTurns * Kind::kStep <= count; t += kTurns * Kind::kStep) some(Number<kTurns>(), t);
+    for (; t < count; t += Kind::kStep) some(Number<1>(), t);
+    for (int r = 0; r < R; ++r) {
+      for (int i = 1; i < kTurns; ++i) sums[0][r] += sums[i][r];
+      store(to + r * dim + d, load(to + r * dim + d) + sums[0][r]);
     }
-    for (int r = 0; r < R; ++r) store(to + r * dim + d, load(to + r * dim + d) + sums[r]);
   }
 }
 #endif

@@ -13,89 +13,58 @@ namespace {
 constexpr int64_t kSampledTiles = 4;
 constexpr int kAcrossSums = 6;  // vectors that are kept of a group
 
-// Where gradients of a tile's items go: to their rows at once, past the caches if they are large
-// and in float32. In 16 bits, where a row may be less than a line of memory, those of all groups
-// then wait in `held` until the tile is complete.
+// A vector of each item's gradient: of weights [items, ceil(W / kStep)] and of words y
+// [ceil(R / kStep), dim], from where it begins.
+struct Part {
+  const float *w, *y;
+};
+
+// Where the gradients of a tile's items go: past the caches if they are large.
 template <typename Kind>
 struct Sink {
   typedef typename Kind::Type Type;
-  static constexpr bool kFloats = sizeof(Type) == 4;
-  Type* to;
+  Type* first;
+  int64_t stride, count, dim;
+  float factor;
   bool past_caches;
-  float factor;  // of all rows in 16 bits
 
-  Sink(void* x, float* held, int64_t dim, bool large, const AttentionPiece& piece, int64_t group,
-       int64_t at, float times)
-      : factor(times) {
-    const int64_t place = at * piece.groups * dim;
-    const bool waits = !kFloats && large && narrow_space(piece, dim) > 0;
-    to = waits ? reinterpret_cast<Type*>(held) : static_cast<Type*>(x) + place;
-    to += group * dim;
-    past_caches = kFloats && large && streamable(to, dim * 4);
-  }
-  LIVREC_INLINE void put(int64_t place, Floats sum) const {
-    if constexpr (kFloats)
-      if (past_caches) return stream(to + place, sum);
-    Kind::store_row(to + place, sum, factor);
-  }
+  Sink(void* x, const AttentionPiece& piece, int64_t width, int64_t at, bool large, float times)
+      : first(static_cast<Type*>(x) + at * piece.groups * width),
+        stride(piece.groups * width),
+        count(least(kTile, piece.items - at)),
+        dim(width),
+        factor(times),
+        past_caches(large && streamable(first, stride * int64_t{sizeof(Type)})) {}
 };
 
-// Writes down what waited, if it did.
-template <typename Kind>
-inline void release(void* x, const float* held, int64_t dim, bool large,
-                    const AttentionPiece& piece, int64_t at) {
-  if (sizeof(typename Kind::Type) == 4 || !large || narrow_space(piece, dim) == 0) return;
-  const int64_t row = piece.groups * dim * 2, bytes = least(kTile, piece.items - at) * row;
-  put_down(held, bytes, static_cast<char*>(x) + at * row);
-}
-
-// sink_t = sum_r w_tr y_r, for words y [R / kStep, dim].
-template <typename Kind, int R, int W>
-__attribute__((noinline)) void spread_items(const float* w, const float* y,
-                                            const Items<Kind>& items, const Sink<Kind>& given) {
+// sink_t = sum_r w_tr y_r, of parts side by side; one row is multiplied in float32.
+template <typename Kind, int R, int W, int kParts>
+__attribute__((noinline)) void spread_items(const Part* parts, int64_t place,
+                                            const Sink<Kind>& given) {
   constexpr int kRows = (R + Kind::kStep - 1) / Kind::kStep;
   const Sink<Kind> sink = given;
-  const int64_t stride = items.stride, count = items.count, dim = items.dim;
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    Floats rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = load(y + r * dim + d);
-    const float* weights = w;
-    int64_t place = d;
-    for (int64_t t = 0; t < count;
-         ++t, place += stride, weights += (W + Kind::kStep - 1) / Kind::kStep) {
-      Floats sum{};
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) sum = Kind::template add<kLanes>(sum, weights[r], rows[r]);
-      sink.put(place, sum);
-    }
+  Floats rows[kParts][kRows];
+  const float* weights[kParts];
+  for (int j = 0; j < kParts; ++j) {
+    weights[j] = parts[j].w;
+    for (int r = 0; r < kRows; ++r) rows[j][r] = load(parts[j].y + r * sink.dim);
   }
-}
-
-// The same, and to_r += sum_t w_tr x_t at once, as registers allow for few candidates: half as many
-// loads of weights.
-template <int R, int W>
-__attribute__((noinline)) void exchange_items(const float* w, const float* y,
-                                              const Items<FloatItems>& items,
-                                              const Sink<FloatItems>& given, float* to) {
-  const Sink<FloatItems> sink = given;
-  const int64_t stride = items.stride, count = items.count, dim = items.dim;
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    Floats rows[R], found[R];
-    for (int r = 0; r < R; ++r) rows[r] = load(y + r * dim + d), found[r] = Floats{};
-    const float *row = items.first + d, *weights = w;
-    int64_t place = d;
-    for (int64_t t = 0; t < count; ++t, row += stride, place += stride, weights += W) {
-      const Floats numbers = load(row);
-      Floats sum{};
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Floats weight = weights[r] - Floats{};
-        sum += weight * rows[r];
-        found[r] += weight * numbers;
+  typename Kind::Type* to = sink.first + place;
+  for (int64_t t = 0; t < sink.count; ++t, to += sink.stride) {
+    Floats sums[kParts];
+    for (int j = 0; j < kParts; ++j) {
+      sums[j] = Floats{};
+      if constexpr (R == 1) {
+        sums[j] = weights[j][0] * rows[j][0];
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r)
+          sums[j] = Kind::template add<kLanes>(sums[j], weights[j][r], rows[j][r]);
       }
-      sink.put(place, sum);
+      weights[j] += (W + Kind::kStep - 1) / Kind::kStep;
+      if (sink.factor != 1.0f) sums[j] *= sink.factor;
     }
-    for (int r = 0; r < R; ++r) store(to + r * dim + d, load(to + r * dim + d) + found[r]);
+    Kind::template put_line<kParts>(sums, sink.past_caches, to);
   }
 }
 
@@ -117,7 +86,9 @@ template <typename Kind, int R, int W>
 struct AcrossSpace {
   const AttentionPiece& piece;
   const float* given;
-  float *q, *grad, *s, *d, *words, *sums, *held_dk, *held_dv;
+  static constexpr int kBlock = Kind::kStep;  // groups that fill lines of memory together
+  float *q, *grad, *s, *d, *sums;
+  Weights w[kBlock], ds[kBlock];
   const float *q_rows, *grad_rows;
   int64_t of_q, of_grad, of_q_rows, of_grad_rows;  // words of a group
   float factor;
@@ -136,14 +107,15 @@ struct AcrossSpace {
     grad = space.take(piece.groups * of_grad);
     s = space.take(kTile * W);
     d = space.take(kTile * W);
-    words = space.take(2 * kTile * W);
+    for (int i = 0; i < kBlock; ++i) {
+      w[i] = Kind::weights_in(space.take(2 * kTile * W), W);
+      ds[i] = Kind::weights_in(space.take(2 * kTile * W), W);
+    }
     sums = space.take(piece.groups * kAcrossSums * kLanes);
-    held_dk = space.take(narrow_space(piece, piece.dim));
-    held_dv = space.take(narrow_space(piece, piece.value_dim));
     factor = asked_across<W>(Kind(), piece.q, piece, piece.dim, piece.scale, space.next, q);
     asked_across<W>(Kind(), given, piece, piece.value_dim, 1.0f, space.next, grad);
 #if defined(LIVREC_PAIRS)
-    if constexpr (Kind::kStep == 2) {
+    if constexpr (Kind::kStep == 2 && R > 1) {
       float* columns = space.take(piece.groups * of_q_rows);
       pair_columns(piece.q, piece.groups, R, piece.dim, factor == 1.0f ? 1.0f : 1.0f / factor,
                    columns);
@@ -163,11 +135,11 @@ struct AcrossSpace {
       products_across<Kind, W>(keys, q + group * of_q, factor, s);
       products_across<Kind, W>(values, grad + group * of_grad, 1.0f, d);
     } else {
-      products_of_one(keys, piece.q + group * piece.dim, s);
-      products_of_one(values, given + group * piece.value_dim, d);
+      products_of_one(keys, q + group * of_q, factor, s);
+      products_of_one(values, grad + group * of_grad, 1.0f, d);
     }
-    end_across<W>(s, keys.count, -kInfinity);
-    end_across<W>(d, keys.count, 0.0f);
+    end_across<Kind, W>(s, keys.count, -kInfinity);
+    end_across<Kind, W>(d, keys.count, 0.0f);
   }
 };
 
@@ -190,7 +162,7 @@ void slopes_across(const AttentionPiece& piece, const float* grad, const float* 
       const Floats shift = shift_across(peak);
       Floats more{}, slopes_of_tile{};
       for (int64_t i = 0; i < keys.count * W; i += kLanes) {
-        const Floats p = exponential<kLanes>(load(space.s + i) - shift);
+        const Floats p = Kind::weight_of(load(space.s + i), shift);
         more += p;
         slopes_of_tile += p * (load(space.d + i) - less);
       }
@@ -215,57 +187,74 @@ void begin_sums(const AttentionSlopes& slopes, int64_t group, const AcrossSums& 
 LIVREC_INLINE void add_to(float* sum, Floats x) { store(sum, load(sum) + x); }
 
 // Logits of a tile to weights, and D to the gradient of logits; adds both up.
-LIVREC_INLINE void slope_across(const AcrossSums& sums, float* s, float* d, int64_t numbers,
-                                bool sampled) {
+template <typename Kind, int W>
+LIVREC_INLINE void slope_across(const AcrossSums& sums, const float* s, const float* d,
+                                int64_t numbers, bool sampled, const Weights& to_w,
+                                const Weights& to_ds) {
   const Floats shift = sums.shift(), factor = sums.factor(), less = sums.less();
   Floats weight{}, slope{};
-  for (int64_t i = 0; i < numbers; i += kLanes) {
-    const Floats p = exponential<kLanes>(load(s + i) - shift) * factor;
-    const Floats ds = p * (load(d + i) - less);
-    store(s + i, p);
-    store(d + i, ds);
-    weight += p;
-    slope += ds;
+  for (int64_t i = 0; i < numbers; i += Kind::kStep * kLanes) {
+    Floats p[Kind::kStep], ds[Kind::kStep];
+    for (int j = 0; j < Kind::kStep; ++j) {
+      p[j] = Kind::weight_of(load(s + i + j * kLanes), shift) * factor;
+      ds[j] = p[j] * (load(d + i + j * kLanes) - less);
+      weight += p[j];
+      slope += ds[j];
+    }
+    Kind::template put<W>(p, i, to_w);
+    Kind::template put<W>(ds, i, to_ds);
   }
   add_to(sums.slope(), slope);
   add_to(sums.weight(), weight);
   if (sampled) add_to(sums.sampled(), weight);
 }
 
+// Gradients of `many` groups' items from `group` on: by lines of as many parts as fill one.
+template <typename Kind, int R, int W>
+inline void spread_block(const Weights* weights, const float* y, int64_t of_y, int64_t group,
+                         int64_t many, const Sink<Kind>& sink) {
+  Part parts[Kind::kStep];
+  int waiting = 0;
+  int64_t place = group * sink.dim;
+  for (int64_t i = group; i < group + many; ++i)
+    for (int64_t d = 0; d < sink.dim; d += kLanes) {
+      parts[waiting++] = {weights[i - group].of_rows, y + i * of_y + d};
+      if (waiting < Kind::kStep) continue;
+      spread_items<Kind, R, W, Kind::kStep>(parts, place, sink);
+      place += waiting * kLanes;
+      waiting = 0;
+    }
+  if (waiting > 0) spread_items<Kind, R, W, 1>(parts, place, sink);
+}
+
 template <typename Kind, int R, int W>
 void backward_across(const AttentionPiece& piece, const AttentionSlopes& slopes) {
   const AcrossSpace<Kind, R, W> space(piece, slopes.grad);
   const int64_t dim = piece.dim, width = piece.value_dim;
+  constexpr int64_t kBlock = AcrossSpace<Kind, R, W>::kBlock;
   const bool large = slopes.past_caches, centers = slopes.sums != nullptr;
   for (int64_t group = 0; group < piece.groups; ++group)
     begin_sums<R, W>(slopes, group, space.sums_of(group));
   for (int64_t at = 0; at < piece.items; at += kTile) {
     const bool sampled = centers && at / kTile % kSampledTiles == 0;
-    for (int64_t group = 0; group < piece.groups; ++group) {
-      const int64_t first = group * R;
-      const Items<Kind> keys(piece.k, piece, dim, group, at);
-      const Items<Kind> values(piece.v, piece, width, group, at);
-      space.products(keys, values, group);
-      const AcrossSums sums = space.sums_of(group);
-      slope_across(sums, space.s, space.d, keys.count * W, sampled);
-      const Sink<Kind> dk(slopes.dk, space.held_dk, dim, large, piece, group, at, space.factor);
-      const Sink<Kind> dv(slopes.dv, space.held_dv, width, large, piece, group, at, 1.0f);
-      const float *q = space.q_rows + group * space.of_q_rows,
-                  *grad = space.grad_rows + group * space.of_grad_rows;
-      const Weights w = Kind::template weights_of<W>(space.s, keys.count, space.words);
-      spread_items<Kind, R, W>(w.of_rows, grad, values, dv);
-      if (sampled) gather_items<Kind, R, W>(w.of_items, keys, slopes.keys + first * dim);
-      const Weights ds = Kind::template weights_of<W>(space.d, keys.count, space.words);
-      float* dq = slopes.dq + first * dim;
-      if constexpr (Kind::kStep == 1 && W < kLanes) {
-        exchange_items<R, W>(ds.of_items, q, keys, dk, dq);
-      } else {
-        gather_items<Kind, R, W>(ds.of_items, keys, dq);
-        spread_items<Kind, R, W>(ds.of_rows, q, keys, dk);
+    const Sink<Kind> dk(slopes.dk, piece, dim, at, large, R == 1 ? 1.0f : space.factor);
+    const Sink<Kind> dv(slopes.dv, piece, width, at, large, 1.0f);
+    for (int64_t group = 0; group < piece.groups; group += kBlock) {
+      const int64_t many = least(kBlock, piece.groups - group);
+      for (int64_t i = 0; i < many; ++i) {
+        const int64_t one = group + i;
+        const Items<Kind> keys(piece.k, piece, dim, one, at);
+        const Items<Kind> values(piece.v, piece, width, one, at);
+        space.products(keys, values, one);
+        slope_across<Kind, W>(space.sums_of(one), space.s, space.d, keys.count * W, sampled,
+                              space.w[i], space.ds[i]);
+        if (sampled)
+          gather_items<Kind, R, W>(space.w[i].of_items, keys, slopes.keys + one * R * dim);
+        gather_items<Kind, R, W>(space.ds[i].of_items, keys, slopes.dq + one * R * dim);
       }
+      spread_block<Kind, R, W>(space.w, space.grad_rows, space.of_grad_rows, group, many, dv);
+      spread_block<Kind, R, W>(space.ds, space.q_rows, space.of_q_rows, group, many, dk);
     }
-    release<Kind>(slopes.dk, space.held_dk, dim, large, piece, at);
-    release<Kind>(slopes.dv, space.held_dv, width, large, piece, at);
   }
   for (int64_t group = 0; centers && group < piece.groups; ++group) {
     const AcrossSums sums = space.sums_of(group);

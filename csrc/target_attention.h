@@ -61,7 +61,8 @@ LIVREC_DECLARE(void, target_attention_narrow,
                 int64_t candidates, int64_t heads, int64_t dim, int64_t padded, void* out))
 
 // out [groups x rows, value_padded], peaks and sums [groups x rows]: sum of exp(s - peak) v, the
-// greatest s, and the sum of exp(s - peak). Other activations: out is the sum of w v.
+// greatest s or one not far below, and the sum of exp(s - peak). Other activations: out is the sum
+// of w v.
 LIVREC_DECLARE(void, target_attention_forward,
                (const AttentionPiece& piece, float* out, float* peaks, float* sums))
 

@@ -102,29 +102,48 @@ struct PairTiles {
 #endif
 
 #if defined(LIVREC_ACROSS)
-// Logits of a tile to what they weigh, and what is known of earlier ones made to fit them: the
-// greatest logits, and sums of exp(s - peak).
+// By how much a logit may lie above what exponentials are taken less.
+constexpr float kRoom = 8.0f;
+
+// Makes what is known of earlier tiles fit the greatest logits of this one; returns those.
 template <int R, int W>
-LIVREC_INLINE void weigh_across(float* s, int64_t count, int64_t dim, float* out, float* peaks,
-                                float* totals) {
-  end_across<W>(s, count, -kInfinity);
+LIVREC_INLINE Floats raise_across(const float* s, int64_t count, int64_t dim, float* out,
+                                  float* peaks, float* totals) {
   const Floats known = load(peaks), most = peak_across<W>(s, count, known);
-  const Floats shift = shift_across(most);
-  Floats known_total = load(totals), total{};  // added up tile by tile: sums of few round less
-  if (bits_of_lanes<kLanes>(most > known) != 0) {
-    const Floats factors = exponential<kLanes>(known - shift);
-    for (int r = 0; r < R; ++r)
-      for (int64_t d = 0; d < dim; d += kLanes)
-        store(out + r * dim + d, load(out + r * dim + d) * factors[r]);
-    known_total *= factors;
-    store(peaks, most);
+  const Floats factors = exponential<kLanes>(known - shift_across(most));
+  for (int r = 0; r < R; ++r)
+    for (int64_t d = 0; d < dim; d += kLanes)
+      store(out + r * dim + d, load(out + r * dim + d) * factors[r]);
+  store(totals, load(totals) * factors);
+  store(peaks, most);
+  return most;
+}
+
+// Logits of a tile to exp(s - peak), added up to `totals`. A peak is the greatest logit of the
+// first tile, and raised only where a later one exceeds it by much: nothing waits for maxima.
+template <typename Kind, int R, int W>
+LIVREC_INLINE void weigh_across(float* s, int64_t count, int64_t dim, float* out, float* peaks,
+                                float* totals, const Weights& weights) {
+  end_across<Kind, W>(s, count, -kInfinity);
+  Floats peak = load(peaks), total;
+  for (bool raise = bits_of_lanes<kLanes>(peak == -kInfinity) != 0;; raise = true) {
+    if (raise) peak = raise_across<R, W>(s, count, dim, out, peaks, totals);
+    const Floats shift = shift_across(peak);
+    Floats top = peak;
+    total = Floats{};
+    for (int64_t i = 0; i < count * W; i += Kind::kStep * kLanes) {
+      Floats p[Kind::kStep];
+      for (int j = 0; j < Kind::kStep; ++j) {
+        const Floats logits = load(s + i + j * kLanes);
+        top = greater<kLanes>(logits, top);
+        p[j] = Kind::weight_of(logits, shift);
+        total += p[j];
+      }
+      Kind::template put<W>(p, i, weights);
+    }
+    if (raise || bits_of_lanes<kLanes>(top > peak + kRoom) == 0) break;
   }
-  for (int64_t i = 0; i < count * W; i += kLanes) {
-    const Floats p = exponential<kLanes>(load(s + i) - shift);
-    store(s + i, p);
-    total += p;
-  }
-  store(totals, known_total + total);
+  store(totals, load(totals) + total);
 }
 
 template <typename Kind, int R, int W>
@@ -132,7 +151,7 @@ void forward_across(const AttentionPiece& piece, float* out, float* peaks, float
   const int64_t groups = piece.groups, dim = piece.dim, width = piece.value_dim;
   Space space{piece.scratch};
   float *q = space.take(groups * dim * W), *s = space.take(kTile * W);
-  float* words = space.take(2 * kTile * W);
+  const Weights weights = Kind::weights_in(space.take(2 * kTile * W), W);
   float *most = space.take(groups * kLanes), *totals = space.take(groups * kLanes);
   const float factor = asked_across<W>(Kind(), piece.q, piece, dim, piece.scale, space.next, q);
   for (int64_t group = 0; group < groups; ++group) {
@@ -148,9 +167,9 @@ void forward_across(const AttentionPiece& piece, float* out, float* peaks, float
       if constexpr (W > 1)
         products_across<Kind, W>(keys, asked, factor, s);
       else
-        products_of_one(keys, piece.q + group * dim, s);
-      weigh_across<R, W>(s, keys.count, width, sum, most + group * kLanes, totals + group * kLanes);
-      const Weights weights = Kind::template weights_of<W>(s, keys.count, words);
+        products_of_one(keys, asked, factor, s);
+      weigh_across<Kind, R, W>(s, keys.count, width, sum, most + group * kLanes,
+                               totals + group * kLanes, weights);
       gather_items<Kind, R, W>(weights.of_items, values, sum);
     }
   for (int64_t group = 0; group < groups; ++group) {
@@ -208,7 +227,7 @@ int64_t target_attention_space(const AttentionPiece& piece, bool gradient) {
                             ? kTile * kRowTile + piece.groups * (2 * piece.rows + 1) * widths / 2
                             : 0;
   const int64_t across =  // a few times q and the gradient, and products of a tile
-      piece.rows > kLanes ? 0 : piece.groups * (3 * widths + 16) * kLanes + 4 * kTile * kLanes;
+      piece.rows > kLanes ? 0 : piece.groups * (3 * widths + 16) * kLanes + 10 * kTile * kLanes;
   return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) + words +
          narrow + across + 16 * 16;
 }

@@ -122,13 +122,14 @@ LIVREC_INLINE Floats merge(Floats a, Floats b) {
 #endif
 }
 
-// The lanes of kCount vectors added up, in a group of lanes for each.
-template <int kCount>
+// The groups of kGroup lanes of kCount vectors added up, to groups of kGroup / kCount lanes.
+template <int kCount, int kGroup = kLanes>
 LIVREC_INLINE Floats merged(const Floats* x) {
   if constexpr (kCount == 1)
     return *x;
   else
-    return merge<2 * kLanes / kCount>(merged<kCount / 2>(x), merged<kCount / 2>(x + kCount / 2));
+    return merge<2 * kGroup / kCount>(merged<kCount / 2, kGroup>(x),
+                                      merged<kCount / 2, kGroup>(x + kCount / 2));
 }
 
 template <int kGroup>

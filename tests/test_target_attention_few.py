@@ -12,12 +12,12 @@ LENGTHS = [65, 1, 0, 300, 64, 63, 2]  # about tiles of 64 items, of which every 
 H = 3
 
 
-def draw(candidates, d, dv, dtype=torch.float32, lengths=LENGTHS, seed=0):
+def draw(candidates, d, dv, dtype=torch.float32, lengths=LENGTHS, heads=H):
     """Draw queries and histories; logits are of the size of one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    q = torch.randn(len(lengths), candidates, H, d, generator=generator)
-    k, v = (torch.randn(int(offsets[-1]), H, n, generator=generator) for n in (d, dv))
+    q = torch.randn(len(lengths), candidates, heads, d, generator=generator)
+    k, v = (torch.randn(int(offsets[-1]), heads, n, generator=generator) for n in (d, dv))
     made = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "offsets": offsets}
     return made | {"bias": None, "scale": d**-0.5, "activation": "softmax", "return_lse": True}
 
@@ -46,6 +46,36 @@ def test_every_candidate_is_as_if_alone(candidates, dtype):
         )
         torch.testing.assert_close(mine[:, 0], out[:, c], **close)
         torch.testing.assert_close(own[:, 0], lse[:, c], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("candidates", [1, 6, 16])
+def test_logits_that_rise_from_tile_to_tile_agree_with_float64(candidates, dtype):
+    """By far more than exponentials take, by little, and after items that count for nothing."""
+    subject = SUBJECTS["target_attention"]
+    inputs = draw(candidates, 16, 16, dtype, lengths=[400, 400, 400, 1_100])
+    rise = torch.cat(
+        [
+            torch.arange(400) // 64 * 12.0,
+            torch.arange(400) / 20,
+            torch.arange(400) // 64 * 300.0 - 900,
+        ]
+    )
+    inputs["q"][..., 0], inputs["scale"] = 1.0, 1.0
+    inputs["k"][:1_200, :, 0] = rise[:, None]
+    wanted = expected(subject, inputs)
+    check_forward(subject, "native", inputs, wanted)
+    check_gradients(subject, "native", inputs, wanted)
+
+
+@pytest.mark.parametrize(("heads", "d", "dv"), [(1, 16, 16), (2, 16, 48), (3, 16, 32), (4, 48, 16)])
+@pytest.mark.parametrize("candidates", [1, 5, 16])
+def test_gradients_in_16_bits_of_every_shape_of_lines(candidates, heads, d, dv):
+    """Large enough to go past the caches, where rows fill lines of memory or do not."""
+    count = 2**19 // (heads * max(d, dv)) + 100
+    inputs = draw(candidates, d, dv, torch.bfloat16, lengths=[count // 3, count], heads=heads)
+    subject = SUBJECTS["target_attention"]
+    check_gradients(subject, "native", inputs, expected(subject, inputs))
 
 
 def gradients(backend, q, k, v, offsets, grad, dtype=torch.float32):
