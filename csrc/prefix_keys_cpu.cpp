@@ -110,20 +110,26 @@ void prefix_gradient_hash(const PrefixLevel& level, const int64_t* keys, int64_t
 
 int64_t prefix_gradient_words(const Codes& codes, const int64_t* shifts, int64_t begin, int64_t end,
                               uint64_t* words, uint8_t* depths) {
-  int64_t given[kPrefixBlock], first_bad = -1;
+  int64_t given[kPrefixBlock], known[kPrefixBlock], first_bad = -1;
   for (int64_t item = begin; item < end; item += kPrefixBlock) {
     const int64_t count = item + kPrefixBlock < end ? kPrefixBlock : end - item;
-    for (int64_t i = 0; i < count; ++i) words[item + i] = depths[item + i] = 0;
+    uint64_t* to = words + item;
+    for (int64_t i = 0; i < count; ++i) to[i] = 0, known[i] = 0;
     for (int64_t l = 0; l < codes.level_count; ++l) {
       read_codes(codes, l, item, count, given);
+      const int64_t size = codes.levels[l].size, shift = shifts[l];
+      int64_t outside = 0;
       for (int64_t i = 0; i < count; ++i) {
-        const bool inside = given[i] >= -1 && given[i] < codes.levels[l].size;
-        if (!inside && (first_bad < 0 || item + i < first_bad)) first_bad = item + i;
-        if (depths[item + i] < l || given[i] < 0 || !inside) continue;
-        words[item + i] |= static_cast<uint64_t>(given[i]) << shifts[l];
-        ++depths[item + i];
+        outside |= static_cast<int64_t>(given[i] < -1) | static_cast<int64_t>(given[i] >= size);
+        const bool knows = known[i] == l && given[i] >= 0;
+        to[i] |= knows ? static_cast<uint64_t>(given[i]) << shift : 0;
+        known[i] += knows ? 1 : 0;
       }
+      for (int64_t i = 0; outside && i < count; ++i)
+        if ((given[i] < -1 || given[i] >= size) && (first_bad < 0 || item + i < first_bad))
+          first_bad = item + i;
     }
+    for (int64_t i = 0; i < count; ++i) depths[item + i] = static_cast<uint8_t>(known[i]);
   }
   return first_bad;
 }

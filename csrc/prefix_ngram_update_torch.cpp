@@ -8,6 +8,8 @@
 namespace livrec {
 namespace {
 
+constexpr int64_t kBitsOfRun = 16;  // of which one is set
+
 // A group on its way through the update.
 class GroupUpdate {
  public:
@@ -52,16 +54,34 @@ class GroupUpdate {
     float* data() const { return sums ? static_cast<float*>(sums->data()) : nullptr; }
   };
 
+  // Calls visit(row, place) for the runs of a level, in the order of their keys.
+  template <typename Visit>
+  void each_run(int64_t l, const Visit& visit) const {
+    const int64_t* rows = rows_[static_cast<size_t>(l)];
+    for (int64_t c = 0; c < chunks_; ++c)
+      for (int64_t i = 0; i < counts_[static_cast<size_t>(c * depth_ + l)]; ++i)
+        visit(static_cast<uint64_t>(rows[c * kRunChunk + i]), c * kRunChunk + i);
+  }
+
   // Finds the runs of a level whose rows other runs have, too: they get ~slot in place of the row.
+  // Bits by what is left of a row, of which each run sets one, leave few to be sorted.
   void give_slots(int64_t l) {
+    int64_t width = 6;
+    while (int64_t{1} << width < kBitsOfRun * items_) ++width;
+    const uint64_t mask = (uint64_t{1} << width) - 1;
+    std::vector<uint64_t> once(static_cast<size_t>((mask + 1) / 64)), again(once.size());
+    each_run(l, [&](uint64_t row, int64_t) {
+      const uint64_t word = (row & mask) / 64, bit = uint64_t{1} << row % 64;
+      again[word] |= once[word] & bit;
+      once[word] |= bit;
+    });
     std::vector<uint64_t> rows;
     std::vector<uint32_t> places;
-    for (int64_t c = 0; c < chunks_; ++c)
-      for (int64_t i = 0; i < counts_[static_cast<size_t>(c * depth_ + l)]; ++i) {
-        const int64_t place = c * kRunChunk + i;
-        rows.push_back(static_cast<uint64_t>(rows_[static_cast<size_t>(l)][place]));
-        places.push_back(static_cast<uint32_t>(place));
-      }
+    each_run(l, [&](uint64_t row, int64_t place) {
+      if ((again[(row & mask) / 64] >> row % 64 & 1) == 0) return;
+      rows.push_back(row);
+      places.push_back(static_cast<uint32_t>(place));
+    });
     const uint64_t height = job_.codes.levels[l].rows;
     sort(rows, places, bits_of(static_cast<int64_t>(std::min<uint64_t>(height, INT64_MAX))));
     Slots& slots = slots_.back();

@@ -4,50 +4,9 @@
 
 #include "prefix_ngram_gradient.h"
 #include "prefix_torch.h"
+#include "radix_sort_torch.h"
 
 namespace livrec {
-
-constexpr int64_t kSortChunks = 16;  // a fixed number: the order does not depend on the threads
-
-// The numbers 0 .. count - 1 ordered by `words`, equal ones as they were: a radix sort of eight
-// bits at a time, over words of `bits` bits. `order` comes in some order and leaves sorted, as
-// words do.
-inline void sort(std::vector<uint64_t>& words, std::vector<uint32_t>& order, int64_t bits) {
-  const int64_t count = static_cast<int64_t>(words.size());
-  const int64_t chunk = (count + kSortChunks - 1) / kSortChunks;
-  std::vector<uint64_t> words_to(words.size());
-  std::vector<uint32_t> order_to(words.size());
-  std::vector<int64_t> places(kSortChunks * 256);
-  for (int64_t shift = 0; shift < bits; shift += 8) {
-    const auto each = [&](int64_t c, const auto& visit) {
-      const int64_t end = std::min(count, (c + 1) * chunk);
-      for (int64_t i = c * chunk; i < end; ++i)
-        visit(static_cast<size_t>(i), (words[static_cast<size_t>(i)] >> shift) & 255);
-    };
-    std::fill(places.begin(), places.end(), 0);
-    torch::stable::parallel_for(0, kSortChunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        each(c, [&](size_t, uint64_t digit) { ++places[static_cast<size_t>(c) * 256 + digit]; });
-    });
-    int64_t place = 0;
-    for (size_t digit = 0; digit < 256; ++digit)
-      for (size_t c = 0; c < kSortChunks; ++c) {
-        const int64_t size = places[c * 256 + digit];
-        places[c * 256 + digit] = place;
-        place += size;
-      }
-    torch::stable::parallel_for(0, kSortChunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        each(c, [&](size_t i, uint64_t digit) {
-          const auto to = static_cast<size_t>(places[static_cast<size_t>(c) * 256 + digit]++);
-          words_to[to] = words[i];
-          order_to[to] = order[i];
-        });
-    });
-    words.swap(words_to);
-    order.swap(order_to);
-  }
-}
 
 // The codes of a group, sorted; `job` is told of them.
 struct SortedCodes {
@@ -75,8 +34,9 @@ struct SortedCodes {
     });
     check_codes(first_bad);
     std::iota(order.begin(), order.end(), 0u);
-    const bool unknown =
-        std::any_of(depths.begin(), depths.end(), [&](uint8_t known) { return known < depth; });
+    uint8_t least = 255;
+    for (const uint8_t known : depths) least = std::min(least, known);
+    const bool unknown = least < depth;
     if (unknown) {  // shallow items first, so that they come first among equal words
       std::vector<uint64_t> known(depths.begin(), depths.end());
       sort(known, order, 8);

@@ -138,6 +138,20 @@ def test_zipf_codes_against_float64(mode):
         assert (error <= 2e-6 * sizes[found[2 * at]]).all()
 
 
+@pytest.mark.parametrize("items", [70_000, 300_000])
+@pytest.mark.parametrize("levels", [(1000, 50), (2**20, 2**20)])
+def test_many_keys_are_sorted_whatever_their_bits(levels, items):
+    codes = some_codes(items, levels, unknown=0.0)
+    codes[items // 2 :] = codes[: items - items // 2].flip(0)  # all keys twice
+    grad = _whole(items, 2)
+    key = codes[:, 0] * levels[1] + codes[:, 1]
+    found = prefix_ngram_gradient(grad, codes, levels, (levels[0], levels[0] * levels[1]), (1, 1))
+    for at, keys in enumerate((codes[:, 0], key)):
+        wanted, place = torch.unique(keys, return_inverse=True)
+        sums = torch.zeros(len(wanted)).index_add(0, place, grad[:, at])
+        _same(found[2 * at : 2 * at + 2], (wanted, sums[:, None]))
+
+
 def _with_threads(count, call):
     before = torch.get_num_threads()
     torch.set_num_threads(count)
