@@ -1,5 +1,5 @@
-// Attention of up to sixteen candidates to keys and values whose rows are whole vectors, for the
-// CPU kernels of target attention; see vectors.h for how it is included.
+// Attention of up to sixteen candidates, or of sixteens of them, to keys and values whose rows are
+// whole vectors, for the CPU kernels of target attention; see vectors.h for how it is included.
 //
 // Nothing is transposed but q and the gradient, once: logits of an item are a vector across the
 // candidates, to which each number of its key is broadcast; sums of weighed items are vectors of
@@ -25,49 +25,57 @@ LIVREC_INLINE void with_rows(int64_t rows, const Run& run) {
   if constexpr (kFirst < kLanes) with_rows<kFirst + 1>(rows, run);
 }
 
-// Calls run(FloatItems() or PairItems(), Number<rows>(), Number<W>()) if it can; returns whether.
+// By so many sets of up to kLanes candidates a group's are gone through: those of a piece that can
+// be are of one size, and lie one after the other.
+LIVREC_INLINE int64_t sets_of(const AttentionPiece& piece) {
+  return piece.rows <= kLanes ? 1 : piece.rows / kLanes;
+}
+
+// Calls run(FloatItems() or PairItems(), Number<rows of a set>(), Number<W>()) if it can; returns
+// whether.
 template <typename Run>
 LIVREC_INLINE bool across(const AttentionPiece& piece, const Run& run) {
   if (piece.dim != piece.padded || piece.value_dim != piece.value_padded || piece.shared ||
       piece.bias_heads != 0 || piece.activation != Activation::softmax || piece.rows < 1 ||
-      piece.rows > kLanes)
+      (piece.rows > kLanes && piece.rows % kLanes != 0))
     return false;
+  const int64_t rows_of_set = least(piece.rows, kLanes);
   if (piece.type == TableType::f32) {
-    with_rows<1>(piece.rows, [&](auto rows, auto width) { run(FloatItems(), rows, width); });
+    with_rows<1>(rows_of_set, [&](auto rows, auto width) { run(FloatItems(), rows, width); });
     return true;
   }
 #if defined(LIVREC_PAIRS)
   if (in_pairs(piece)) {
-    with_rows<1>(piece.rows, [&](auto rows, auto width) { run(PairItems(), rows, width); });
+    with_rows<1>(rows_of_set, [&](auto rows, auto width) { run(PairItems(), rows, width); });
     return true;
   }
 #endif
   return false;
 }
 
-// x [rows, words] of every group to [words, W]; candidates past the last are zeros.
+// x [rows, words] of every set to [words, W]; candidates past the last are zeros.
 template <int W>
-inline void turn_across(const float* x, int64_t groups, int64_t rows, int64_t words, float* out) {
-  for (int64_t g = 0; g < groups; ++g, x += rows * words)
+inline void turn_across(const float* x, int64_t sets, int64_t rows, int64_t words, float* out) {
+  for (int64_t i = 0; i < sets; ++i, x += rows * words)
     for (int64_t d = 0; d < words; ++d, out += W)
       for (int64_t r = 0; r < W; ++r) out[r] = r < rows ? x[r * words + d] : 0.0f;
 }
 
 // Rows of float32 as they are multiplied with items. Returns what products are to be multiplied
 // with then; `space` is as large as x.
-template <int W>
-inline float asked_across(FloatItems, const float* x, const AttentionPiece& piece, int64_t dim,
-                          float, float*, float* out) {
-  turn_across<W>(x, piece.groups, piece.rows, dim, out);
+template <int R, int W>
+inline float asked_across(FloatItems, const float* x, int64_t sets, int64_t dim, float, float*,
+                          float* out) {
+  turn_across<W>(x, sets, R, dim, out);
   return 1.0f;
 }
 
 #if defined(LIVREC_PAIRS)
-template <int W>
-inline float asked_across(PairItems, const float* x, const AttentionPiece& piece, int64_t dim,
-                          float scale, float* space, float* out) {
-  const float factor = pair_rows(x, piece.groups * piece.rows, dim, scale, space);
-  turn_across<W>(space, piece.groups, piece.rows, dim / 2, out);
+template <int R, int W>
+inline float asked_across(PairItems, const float* x, int64_t sets, int64_t dim, float scale,
+                          float* space, float* out) {
+  const float factor = pair_rows(x, sets * R, dim, scale, space);
+  turn_across<W>(space, sets, R, dim / 2, out);
   return factor;
 }
 #endif

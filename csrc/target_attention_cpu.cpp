@@ -148,35 +148,36 @@ LIVREC_INLINE void weigh_across(float* s, int64_t count, int64_t dim, float* out
 
 template <typename Kind, int R, int W>
 void forward_across(const AttentionPiece& piece, float* out, float* peaks, float* sums) {
-  const int64_t groups = piece.groups, dim = piece.dim, width = piece.value_dim;
+  const int64_t each = sets_of(piece), sets = piece.groups * each;
+  const int64_t dim = piece.dim, width = piece.value_dim;
   Space space{piece.scratch};
-  float *q = space.take(groups * dim * W), *s = space.take(kTile * W);
+  float *q = space.take(sets * dim * W), *s = space.take(kTile * W);
   const Weights weights = Kind::weights_in(space.take(2 * kTile * W), W);
-  float *most = space.take(groups * kLanes), *totals = space.take(groups * kLanes);
-  const float factor = asked_across<W>(Kind(), piece.q, piece, dim, piece.scale, space.next, q);
-  for (int64_t group = 0; group < groups; ++group) {
-    store(most + group * kLanes, repeated<W>(peaks + group * R, R));
-    store(totals + group * kLanes, Floats{});
+  float *most = space.take(sets * kLanes), *totals = space.take(sets * kLanes);
+  const float factor = asked_across<R, W>(Kind(), piece.q, sets, dim, piece.scale, space.next, q);
+  for (int64_t set = 0; set < sets; ++set) {
+    store(most + set * kLanes, repeated<W>(peaks + set * R, R));
+    store(totals + set * kLanes, Floats{});
   }
   for (int64_t at = 0; at < piece.items; at += kTile)
-    for (int64_t group = 0; group < groups; ++group) {
-      const Items<Kind> keys(piece.k, piece, dim, group, at);
-      const Items<Kind> values(piece.v, piece, width, group, at);
-      const float* asked = q + group * (dim / Kind::kStep) * W;
-      float* sum = out + group * R * width;
+    for (int64_t set = 0; set < sets; ++set) {
+      const Items<Kind> keys(piece.k, piece, dim, set / each, at);
+      const Items<Kind> values(piece.v, piece, width, set / each, at);
+      const float* asked = q + set * (dim / Kind::kStep) * W;
+      float* sum = out + set * R * width;
       if constexpr (W > 1)
         products_across<Kind, W>(keys, asked, factor, s);
       else
         products_of_one(keys, asked, factor, s);
-      weigh_across<Kind, R, W>(s, keys.count, width, sum, most + group * kLanes,
-                               totals + group * kLanes, weights);
+      weigh_across<Kind, R, W>(s, keys.count, width, sum, most + set * kLanes,
+                               totals + set * kLanes, weights);
       gather_items<Kind, R, W>(weights.of_items, values, sum);
     }
-  for (int64_t group = 0; group < groups; ++group) {
-    const Floats total = folded_across<W>(load(totals + group * kLanes));
+  for (int64_t set = 0; set < sets; ++set) {
+    const Floats total = folded_across<W>(load(totals + set * kLanes));
     for (int r = 0; r < R; ++r) {
-      peaks[group * R + r] = most[group * kLanes + r];
-      sums[group * R + r] = total[r];
+      peaks[set * R + r] = most[set * kLanes + r];
+      sums[set * R + r] = total[r];
     }
   }
 }
@@ -226,8 +227,10 @@ int64_t target_attention_space(const AttentionPiece& piece, bool gradient) {
   const int64_t words = piece.type == TableType::bf16
                             ? kTile * kRowTile + piece.groups * (2 * piece.rows + 1) * widths / 2
                             : 0;
-  const int64_t across =  // a few times q and the gradient, and products of a tile
-      piece.rows > kLanes ? 0 : piece.groups * (3 * widths + 16) * kLanes + 10 * kTile * kLanes;
+  const int64_t sets = piece.groups * ((piece.rows + kLanes - 1) / kLanes);
+  const int64_t
+      across =  // a few times q and the gradient, products of a tile, and two groups' rows
+      sets * (3 * widths + 16) * kLanes + 10 * kTile * kLanes + (gradient ? 2 * kTile * widths : 0);
   return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) + words +
          narrow + across + 16 * 16;
 }

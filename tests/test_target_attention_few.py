@@ -1,4 +1,4 @@
-"""Target attention of few candidates, which the widest vectors hold at once, item by item."""
+"""Target attention of few candidates, or sets of few, which the widest vectors hold at once."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def draw(candidates, d, dv, dtype=torch.float32, lengths=LENGTHS, heads=H):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("candidates", range(1, 18))
+@pytest.mark.parametrize("candidates", [*range(1, 18), 32, 48])
 def test_every_count_agrees_with_float64(candidates, dtype):
     subject = SUBJECTS["target_attention"]
     for d, dv in [(16, 16), (48, 32)]:
@@ -34,7 +34,7 @@ def test_every_count_agrees_with_float64(candidates, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("candidates", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("candidates", [1, 2, 3, 7, 12, 32])
 def test_every_candidate_is_as_if_alone(candidates, dtype):
     inputs = draw(candidates, 32, 16, dtype)
     out, lse = target_attention(**inputs, backend="native")
@@ -49,7 +49,7 @@ def test_every_candidate_is_as_if_alone(candidates, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("candidates", [1, 6, 16])
+@pytest.mark.parametrize("candidates", [1, 6, 32])
 def test_logits_that_rise_from_tile_to_tile_agree_with_float64(candidates, dtype):
     """By far more than exponentials take, by little, and after items that count for nothing."""
     subject = SUBJECTS["target_attention"]
@@ -69,7 +69,7 @@ def test_logits_that_rise_from_tile_to_tile_agree_with_float64(candidates, dtype
 
 
 @pytest.mark.parametrize(("heads", "d", "dv"), [(1, 16, 16), (2, 16, 48), (3, 16, 32), (4, 48, 16)])
-@pytest.mark.parametrize("candidates", [1, 5, 16])
+@pytest.mark.parametrize("candidates", [1, 5, 32])
 def test_gradients_in_16_bits_of_every_shape_of_lines(candidates, heads, d, dv):
     """Large enough to go past the caches, where rows fill lines of memory or do not."""
     count = 2**19 // (heads * max(d, dv)) + 100
@@ -85,7 +85,7 @@ def gradients(backend, q, k, v, offsets, grad, dtype=torch.float32):
     return torch.autograd.grad(out, leaves, grad.to(dtype))
 
 
-@pytest.mark.parametrize("candidates", [1, 4, 8, 16])
+@pytest.mark.parametrize("candidates", [1, 4, 8, 16, 32])
 @pytest.mark.parametrize("kind", ["plain", "far from zero", "nearly equal", "one dominates"])
 def test_gradients_round_no_more_than_in_the_formula(kind, candidates):
     """Most of all where keys and values are far from zero: a sample of the items corrects dq."""
@@ -124,7 +124,7 @@ def test_all_weight_on_one_item_leaves_no_gradient_of_logits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("candidates", [1, 6, 16])
+@pytest.mark.parametrize("candidates", [1, 6, 16, 32])
 def test_nothing_past_the_history_is_looked_at(candidates, dtype):
     inputs = draw(candidates, 16, 16, dtype)
     grad = torch.ones_like(inputs["q"])
