@@ -31,14 +31,18 @@ LIVREC_INLINE int64_t sets_of(const AttentionPiece& piece) {
   return piece.rows <= kLanes ? 1 : piece.rows / kLanes;
 }
 
+// Whether a piece can be, if its type can.
+LIVREC_INLINE bool goes_across(const AttentionPiece& piece) {
+  return piece.dim == piece.padded && piece.value_dim == piece.value_padded && !piece.shared &&
+         piece.bias_heads == 0 && piece.activation == Activation::softmax && piece.rows >= 1 &&
+         (piece.rows <= kLanes || piece.rows % kLanes == 0);
+}
+
 // Calls run(FloatItems() or PairItems(), Number<rows of a set>(), Number<W>()) if it can; returns
 // whether.
 template <typename Run>
 LIVREC_INLINE bool across(const AttentionPiece& piece, const Run& run) {
-  if (piece.dim != piece.padded || piece.value_dim != piece.value_padded || piece.shared ||
-      piece.bias_heads != 0 || piece.activation != Activation::softmax || piece.rows < 1 ||
-      (piece.rows > kLanes && piece.rows % kLanes != 0))
-    return false;
+  if (!goes_across(piece)) return false;
   const int64_t rows_of_set = least(piece.rows, kLanes);
   if (piece.type == TableType::f32) {
     with_rows<1>(rows_of_set, [&](auto rows, auto width) { run(FloatItems(), rows, width); });

@@ -23,6 +23,13 @@ struct Weights {
   float *of_items, *of_rows;  // [count / kStep, W] and [count, ceil(W / kStep)]
 };
 
+LIVREC_INLINE void put_down_line(float* to, Floats x, bool past_caches) {
+  if (past_caches)
+    stream(to, x);
+  else
+    store(to, x);
+}
+
 // Keys and values in float32. A number of one item or row is multiplied at a time.
 struct FloatItems {
   typedef float Type;
@@ -37,10 +44,7 @@ struct FloatItems {
   // Vectors of numbers, one after the other.
   template <int kParts>
   static LIVREC_INLINE void put_line(const Floats* x, bool past_caches, float* to) {
-    if (past_caches)
-      stream(to, x[0]);
-    else
-      store(to, x[0]);
+    put_down_line(to, x[0], past_caches);
   }
 
   // Products of the next kLanes items, of which `count` are there, with words y.
@@ -112,10 +116,7 @@ struct PairItems {
     } else {
       const auto line =
           same_bits<Floats>(_mm512_cvtne2ps_pbh(same_bits<__m512>(x[1]), same_bits<__m512>(x[0])));
-      if (past_caches)
-        stream(reinterpret_cast<float*>(to), line);
-      else
-        store(reinterpret_cast<float*>(to), line);
+      put_down_line(reinterpret_cast<float*>(to), line, past_caches);
     }
   }
 

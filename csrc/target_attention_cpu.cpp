@@ -227,10 +227,12 @@ int64_t target_attention_space(const AttentionPiece& piece, bool gradient) {
   const int64_t words = piece.type == TableType::bf16
                             ? kTile * kRowTile + piece.groups * (2 * piece.rows + 1) * widths / 2
                             : 0;
-  const int64_t sets = piece.groups * ((piece.rows + kLanes - 1) / kLanes);
-  const int64_t
-      across =  // a few times q and the gradient, products of a tile, and two groups' rows
-      sets * (3 * widths + 16) * kLanes + 10 * kTile * kLanes + (gradient ? 2 * kTile * widths : 0);
+  int64_t across = 0;
+#if defined(LIVREC_ACROSS)
+  if (goes_across(piece))  // q and grad twice; a tile's products and weights; rows of two groups
+    across = piece.groups * sets_of(piece) * (2 * widths + 16) * kLanes + 10 * kTile * kLanes +
+             (gradient ? 2 * kTile * widths : 0);
+#endif
   return kTile * (3 * widths + 2 * piece.bias_heads + (gradient ? 2 : 1) * kRowTile) + words +
          narrow + across + 16 * 16;
 }

@@ -128,9 +128,10 @@ def target_attention(
     Nothing is padded. Workspace on a CPU: for every 1,024 rows of a history that it begins (2,048
     for more than 256 candidates, and so on), 4 C H (dv + 2) bytes and in the gradient 4 C H (2 d +
     4), with d and dv rounded up to 16; per thread 4 C H (d + 2 dv), about 1,000 (d + dv + H) +
-    16,384 bytes, of 16-bit inputs 4 C H (d + dv) and up to 139,264 more, and of up to 16 candidates
-    64 H (3 (d + dv) + 16) + 16,384 more. Of the reference: a few float32 arrays of C x H x the
-    longest history; its gradient, of C x H x T.
+    16,384 bytes, of 16-bit inputs 4 C H (d + dv) and up to 139,264 more, and with AVX-512, of up to
+    16 candidates or a multiple of them, 128 H ceil(C / 16) (d + dv + 8) + 512 (d + dv) + 40,960
+    more. Of the reference: a few float32 arrays of C x H x the longest history; its gradient, of C
+    x H x T.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape or device, offsets that do not
