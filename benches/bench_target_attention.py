@@ -102,7 +102,7 @@ def case(
         bytes=2 * size * HEADS * dim * total * (3 if training else 1),
         flops=4 * total * candidates * HEADS * dim * (7 if training else 2) // 2,
         direction="forward+backward" if training else "forward",
-        long=total * candidates * (4 if training else 1) > USERS * ITEMS * 64,
+        long=total * candidates * (4 if training else 1) > USERS * ITEMS * 128,
     )
 
 
