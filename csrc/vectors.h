@@ -37,10 +37,10 @@ LIVREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LIVREC_INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 LIVREC_INLINE void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 
-// Asks memory for what will be read, as far as the second cache: the first has places for few lines
-// that are on their way, and where all are taken the processor waits. Always inline, as must be
-// what only calls it: GCC takes a function that does nothing else for one without effect, and drops
-// its calls.
+// Asks memory for what will be read, as far as the second cache: the first keeps track of few lines
+// on their way, and the processor waits where it can take no more. Always inline, as must be what
+// only calls it: GCC takes a function that does nothing else for one without effect, and drops its
+// calls.
 LIVREC_INLINE void fetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64)
     __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
