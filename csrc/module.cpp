@@ -1,6 +1,6 @@
 // The extension module `livrec_fast._C`. Importing it registers the C++ kernels with torch (each
 // `<op>_torch.cpp` does so in a static initialiser); what the module itself offers is the choice of
-// the instruction-set level.
+// the instruction-set level, and huge pages.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "huge_pages.h"
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -125,6 +126,13 @@ PyObject* set_isa(PyObject*, PyObject* argument) {
   Py_RETURN_NONE;
 }
 
+PyObject* ask_for_huge_pages(PyObject*, PyObject* arguments) {
+  unsigned long long address = 0, bytes = 0;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
+  livrec::ask_for_huge_pages(reinterpret_cast<const void*>(address), bytes);
+  Py_RETURN_NONE;
+}
+
 #if defined(LIVREC_CUDA_ARCHS)
 #define LIVREC_QUOTE_(...) #__VA_ARGS__
 #define LIVREC_QUOTE(...) LIVREC_QUOTE_(__VA_ARGS__)
@@ -137,6 +145,8 @@ PyMethodDef methods[] = {
     {"isa", get_isa, METH_NOARGS, "The instruction-set level in use."},
     {"isa_built", isa_built, METH_NOARGS, "The levels this library was built for, slowest first."},
     {"isa_levels", isa_levels, METH_NOARGS, "The levels this processor can run, slowest first."},
+    {"ask_for_huge_pages", ask_for_huge_pages, METH_VARARGS,
+     "Ask for huge pages under memory, given its address and bytes."},
     {"set_isa", set_isa, METH_O, "Use this level from now on."},
 #if defined(LIVREC_CUDA_ARCHS)
     {"cuda_archs", cuda_archs, METH_NOARGS,

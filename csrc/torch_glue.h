@@ -14,9 +14,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace livrec {
 
@@ -48,20 +46,6 @@ namespace livrec {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Asks for huge pages where a tensor is large: fresh memory is then mapped in a few steps instead
-// of one per 4 KB, which for an op that only moves bytes is most of its time.
-inline void ask_for_huge_pages(const Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const auto bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge,
-                  last = (begin + bytes) / kHuge * kHuge;
-  if (bytes >= 2 * kHuge && first < last)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
-#endif
-}
-
 // torch's dispatcher takes a microsecond a call: these two go around it where they can.
 
 inline Tensor contiguous_of(const Tensor& tensor) {
@@ -78,7 +62,8 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &made));
   const Tensor tensor(made);
-  ask_for_huge_pages(tensor);
+  ask_for_huge_pages(tensor.const_data_ptr(),
+                     static_cast<uint64_t>(tensor.numel()) * tensor.element_size());
   return tensor;
 }
 

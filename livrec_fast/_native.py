@@ -50,6 +50,12 @@ def isa_built() -> tuple[str, ...]:
     return () if _C is None else _C.isa_built()
 
 
+def ask_for_huge_pages(address: int, size: int) -> None:
+    """Ask the system for huge pages under `size` bytes that were not written yet: a wish."""
+    if _C is not None:
+        _C.ask_for_huge_pages(address, size)
+
+
 @contextmanager
 def use_isa(level: str) -> Iterator[None]:
     """Compute with `level` inside the block (for tests and benchmarks; not per thread)."""

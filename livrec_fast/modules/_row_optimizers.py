@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import OPS
+from ._huge_pages import empty_rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RowOptimizer:
         """Return the state of a table that has not been updated yet, zeros, or None."""
         shape = self.state_shape(table)
         wide = torch.float64 if table.dtype == torch.float64 else torch.float32
-        return None if shape is None else torch.zeros(shape, dtype=wide, device=table.device)
+        return None if shape is None else empty_rows(shape, wide, table.device).zero_()
 
     def step(self) -> dict[str, Any]:
         """Return what `row_update` and `prefix_ngram_update` take of the optimiser."""

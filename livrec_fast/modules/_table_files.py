@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._exchange import Path, _read, _write
+from ._huge_pages import empty_rows
 from ._row_optimizers import OPTIMIZERS
 
 _FORMAT = "livrec_fast.PrefixNgramEmbedding"
@@ -35,6 +36,8 @@ def read_tables(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "optimizer" in given:
         optimizer = given["optimizer"]
         given["optimizer"] = OPTIMIZERS[optimizer.pop("kind")](**optimizer)
+    for name, tensor in tensors.items():
+        tensors[name] = empty_rows(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
     return tensors, given | {"dtype": tensors["tables.0"].dtype}
 
 

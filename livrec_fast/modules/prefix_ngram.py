@@ -14,6 +14,7 @@ from .._checks import check_choice, check_levels
 from ..ops._prefix import check_key_space
 from ..ops.row_update import row_update
 from ._fused import fused_lookup
+from ._huge_pages import empty_rows
 from ._lookup import Lookup
 from ._quantized import QuantizedPrefixNgramEmbedding
 from ._row_optimizers import RowOptimizer, backend_of_rows, next_step
@@ -143,7 +144,7 @@ class PrefixNgramEmbedding(_CodeEmbedding):
             rows = (min(keys, max_rows) for keys in accumulate(self.levels, mul))
             self.groups = [len(self.levels)]
         self.tables = nn.ParameterList(
-            torch.empty(shape, dtype=dtype, device=device)
+            empty_rows(shape, dtype, device)
             for shape in zip(rows, self.dims, strict=True)
         )
         self.reset_parameters()
