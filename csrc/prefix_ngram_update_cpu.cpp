@@ -73,20 +73,23 @@ void add_block(LevelRuns& runs, int64_t level, const PrefixPlan& plan, const Blo
 
 void prefix_update_plan(const PrefixGradient& job, int64_t chunk, const PrefixPlan& plan) {
   const int64_t begin = chunk * kRunChunk, end = end_of(job, chunk), depth = job.codes.level_count;
-  int64_t* counts = plan.counts + chunk * depth;
-  uint8_t same[65];  // levels that words share whose highest different bit is this one; 64: none
+  // Copies of what is read for every item: stores of bytes may change all but these.
+  const uint64_t* words = job.sorted;
+  int64_t shifts[kMostLevels], sizes[kMostLevels], keys[kMostLevels];
+  int64_t* next[kMostLevels];
   uint64_t masks[kMostLevels];
-  int64_t keys[kMostLevels];
+  uint8_t same[65];  // levels that words share whose highest different bit is this one; 64: none
   for (int64_t l = depth - 1, bit = 0; l >= 0; --l) {
     const int64_t above = l > 0 ? job.shifts[l - 1] : 64;
     for (; bit < above; ++bit) same[bit] = static_cast<uint8_t>(l);
     const int64_t bits = above - job.shifts[l];
     masks[l] = bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
-    counts[l] = 0;
+    shifts[l] = job.shifts[l], sizes[l] = job.codes.levels[l].size;
+    next[l] = plan.rows[l] + begin;
   }
   same[64] = static_cast<uint8_t>(depth);
   for (int64_t at = begin; at < end; ++at) {
-    const uint64_t word = job.sorted[at], changed = at > 0 ? word ^ job.sorted[at - 1] : 0;
+    const uint64_t word = words[at], changed = at > 0 ? word ^ words[at - 1] : 0;
     const int64_t known = job.depths ? job.depths[job.order[at]] : depth;
     int64_t fresh = same[changed ? 63 - __builtin_clzll(changed) : 64];
     if (job.depths && at > 0) {
@@ -97,11 +100,13 @@ void prefix_update_plan(const PrefixGradient& job, int64_t chunk, const PrefixPl
     plan.fresh[at] = static_cast<uint8_t>(fresh);
     plan.depth[at] = static_cast<uint8_t>(known);
     for (int64_t l = at > begin ? fresh : 0; l < known; ++l) {
-      const int64_t code = static_cast<int64_t>((word >> job.shifts[l]) & masks[l]);
-      keys[l] = l > 0 ? keys[l - 1] * job.codes.levels[l].size + code : code;
-      if (l >= fresh) plan.rows[l][begin + counts[l]++] = keys[l];
+      const auto code = static_cast<int64_t>((word >> shifts[l]) & masks[l]);
+      keys[l] = l > 0 ? keys[l - 1] * sizes[l] + code : code;
+      if (l >= fresh) *next[l]++ = keys[l];
     }
   }
+  int64_t* counts = plan.counts + chunk * depth;
+  for (int64_t l = 0; l < depth; ++l) counts[l] = next[l] - (plan.rows[l] + begin);
   for (int64_t l = 0; l < depth; ++l)
     if (job.codes.levels[l].hash != KeyHash::none)
       prefix_gradient_hash(job.codes.levels[l], plan.rows[l] + begin, counts[l],

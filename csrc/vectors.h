@@ -80,11 +80,15 @@ LIVREC_INLINE void stream(float*, Floats) {}
 LIVREC_INLINE void end_stream() {}
 #endif
 
+// In so many words, so that the compiler can compute with them.
 LIVREC_INLINE Ints lane_numbers() {
-  static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Ints lanes;
-  __builtin_memcpy(&lanes, numbers, sizeof(lanes));
-  return lanes;
+#if defined(__AVX512F__)
+  return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+  return Ints{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return Ints{0, 1, 2, 3};
+#endif
 }
 
 // Lane j of the result is lane j + step of `from`, around the end.
