@@ -73,7 +73,8 @@ class PrefixNgramEmbedding(_CodeEmbedding):
     only.
 
     Tables start normal with mean 0 and variance 1 / (d_1 + ... + d_L), so that an embedding is
-    about one long, in mode "concat" and in mode "sum".
+    about one long, in mode "concat" and in mode "sum". On a CPU they lie in huge pages where Linux
+    gives them, which makes rows at random quicker to read; `.to()` a dtype takes them out of these.
 
     With an `optimizer` the backward pass of each lookup updates the rows it read there and then:
     tables get no `.grad`, and nothing of a table's size is allocated. Each lookup is an update of
@@ -144,8 +145,7 @@ class PrefixNgramEmbedding(_CodeEmbedding):
             rows = (min(keys, max_rows) for keys in accumulate(self.levels, mul))
             self.groups = [len(self.levels)]
         self.tables = nn.ParameterList(
-            empty_rows(shape, dtype, device)
-            for shape in zip(rows, self.dims, strict=True)
+            empty_rows(shape, dtype, device) for shape in zip(rows, self.dims, strict=True)
         )
         self.reset_parameters()
 
