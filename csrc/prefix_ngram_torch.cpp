@@ -3,7 +3,7 @@
 namespace livrec {
 namespace {
 
-constexpr int64_t kAlone = 4 << 20;  // bytes that one thread writes before another wakes up
+constexpr int64_t kAlone = 256 << 10;  // bytes that one thread writes before another wakes up
 
 Tensor prefix_ngram_lookup(const Tensor& codes_given, const std::vector<Tensor>& tables,
                            const std::vector<int64_t>& sizes, const Text& mode,

@@ -26,34 +26,35 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, anchor: Tensor, codes: Tensor, offsets: Tensor | None, packed: bool,
-        lookup: Lookup, learners: list[Learner],
+        lookup: Lookup, learners: list[Learner], tables: list[Tensor],
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(codes, offsets)
-        ctx.rest = packed, lookup, learners
-        return lookup.embed(codes, _tables(learners), offsets, packed)
+        learning = all(table.requires_grad for table in tables)
+        tables = [table.detach() for table in tables]
+        ctx.rest = packed, lookup, learners, tables, learning
+        return lookup.embed(codes, tables, offsets, packed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         codes, offsets = ctx.saved_tensors
-        packed, lookup, learners = ctx.rest
-        if _in_one_pass(grad, codes, offsets, packed, lookup, learners):
-            return (None,) * 6
-        found = lookup.gradient(grad, codes, _tables(learners), offsets, packed)
+        packed, lookup, learners, tables, learning = ctx.rest
+        if learning and _in_one_pass(grad, codes, offsets, packed, lookup, learners, tables):
+            return (None,) * 7
+        found = lookup.gradient(grad, codes, tables, offsets, packed)
         for learner in learners:
             own, found = found[: len(learner.tables)], found[len(learner.tables) :]
             learner.apply_gradients(own)
-        return (None,) * 6
+        return (None,) * 7
 
 
 def _in_one_pass(
     grad: Tensor, codes: Tensor, offsets: Tensor | None, packed: bool, lookup: Lookup,
-    learners: list[Learner],
+    learners: list[Learner], tables: list[Tensor],
 ) -> bool:  # fmt: skip
     """Update all tables in one pass over grad, where one op can; return whether it could."""
-    tables, optimizer = _tables(learners), learners[0].optimizer
+    optimizer = learners[0].optimizer
     alike = all(learner.optimizer == optimizer for learner in learners)
-    learning = all(table.requires_grad for learner in learners for table in learner.tables)
-    if not (alike and learning and lookup.updates_in_one_pass(grad, codes, tables)):
+    if not (alike and lookup.updates_in_one_pass(grad, codes, tables)):
         return False
     states: list[Tensor | None] = []
     seeds: list[int] = []
@@ -68,17 +69,17 @@ def _in_one_pass(
     return True
 
 
-def _tables(learners: list[Learner]) -> list[Tensor]:
-    return [table.detach() for learner in learners for table in learner.tables]
-
-
 def fused_lookup(
-    codes: Tensor, offsets: Tensor | None, packed: bool, lookup: Lookup, learners: list[Learner]
-) -> Tensor:
-    """Look codes up; the backward pass updates the learners' tables, which get no gradients."""
+    codes: Tensor, offsets: Tensor | None, packed: bool, lookup: Lookup, learners: list[Learner],
+    tables: list[Tensor],
+) -> Tensor:  # fmt: skip
+    """Look codes up; the backward pass updates the learners' tables, which get no gradients.
+
+    tables: those of all learners; a list of parameters takes long to go through.
+    """
     # autograd runs the backward pass of what depends on something that wants a gradient
     anchor = torch.zeros((), device=codes.device, requires_grad=True)
-    return _Fused.apply(anchor, codes, offsets, packed, lookup, learners)
+    return _Fused.apply(anchor, codes, offsets, packed, lookup, learners, tables)
 
 
 # what torch.compiler.disable sets, which imports the compiler when a module is loaded

@@ -48,7 +48,7 @@ class _CodeEmbedding(nn.Module):
         parts, tables = self._parts(), self._tables()
         learns = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
         if parts[0].optimizer is not None and learns:
-            return fused_lookup(codes, offsets, packed, self._lookup(), list(parts))
+            return fused_lookup(codes, offsets, packed, self._lookup(), list(parts), tables)
         return self._lookup().embed(codes, tables, offsets, packed, sparse=parts[0].sparse)
 
     def keys(self, codes: Tensor, *, packed: bool = False) -> Tensor:
