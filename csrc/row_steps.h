@@ -80,6 +80,7 @@ LIVREC_INLINE void move(const RowUpdate& job, int64_t row, const float* grad, fl
 }
 
 LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
+  if (job.rule == RowRule::store) return;  // it is not read
   const int64_t size = job.type == RowType::f32 ? 4 : 2;
   fetch(static_cast<char*>(job.table) + row * job.stride * size, job.dim * size);
   if (job.state)
@@ -89,7 +90,10 @@ LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
 // Moves a row, given its gradient. scratch [2 dim].
 LIVREC_INLINE void step_row(const RowUpdate& job, int64_t row, const float* grad, float* scratch) {
   const int64_t dim = job.dim;
-  if (job.type == RowType::f32) {
+  if (job.rule == RowRule::store) {
+    __builtin_memcpy(static_cast<float*>(job.table) + row * job.stride, grad,
+                     static_cast<size_t>(dim) * 4);
+  } else if (job.type == RowType::f32) {
     float* own = static_cast<float*>(job.table) + row * job.stride;
     float* moved = gathered(own, job.column_stride, dim, scratch);
     move(job, row, grad, moved, scratch + dim);

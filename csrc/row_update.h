@@ -3,6 +3,7 @@
 //   sgd               w -= lr g
 //   adagrad           s += g^2,        w -= lr g / (sqrt(s) + eps), per element
 //   rowwise_adagrad   s += mean(g^2),  w -= lr g / (sqrt(s) + eps), s a number per row
+//   store             w = g: where sums themselves are wanted, in float32 rows of unit stride
 //
 // Rows of 16-bit tables are rounded up or down at random: the noise added below the last kept bit
 // is a hash of the seed, the row and the column, so that every device draws the same.
@@ -14,7 +15,7 @@
 
 namespace livrec {
 
-enum class RowRule : int { sgd, adagrad, rowwise_adagrad };
+enum class RowRule : int { sgd, adagrad, rowwise_adagrad, store };
 enum class RowType : int { f32, f16, bf16 };
 
 struct RowUpdate {

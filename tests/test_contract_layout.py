@@ -32,10 +32,11 @@ API = {
 }
 PACKAGE = ROOT / "livrec_fast"
 SECTIONS = ("Args:", "Returns:", "Raises:", "Source:", "Example:")
-# stems that another's C++ kernels serve: one tensor for keys and values, or several terms
+# stems that another's C++ kernels serve: one tensor for keys and values, several terms, other steps
 KERNELS_OF = {
     "target_attention_features": "target_attention",
     "contrastive_multi": "contrastive",
+    "prefix_ngram_update": "prefix_ngram_gradient",
 }
 
 
