@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ def both(kind: str, items: int, sparse: bool, options: Options) -> Case:
     ]
     if sparse:  # sums per row, as ours: what torch's optimisers make of it first
         found.append(contestant("nn.EmbeddingBag, coalesced", bags, after=coalesced))
+        index = partial(peers_embedding.indexed, sparse=True)
+        found.append(contestant("torch indexing, uncoalesced", index))
     else:
         found.append(contestant("torch indexing", peers_embedding.indexed))
         absent = peers_embedding.liger_absence(options)

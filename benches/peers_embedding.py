@@ -31,10 +31,13 @@ def table_rows(codes: Tensor, levels: Sequence[int], rows: Sequence[int]) -> lis
     return found
 
 
-def indexed(codes: Tensor, tables: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
+def indexed(
+    codes: Tensor, tables: Sequence[Tensor], levels: Sequence[int], sparse: bool = False
+) -> Tensor:
     """Look up with torch's own indexing."""
     rows = table_rows(codes, levels, [len(table) for table in tables])
-    return torch.cat([F.embedding(at, t) for at, t in zip(rows, tables, strict=True)], 1)
+    pairs = zip(rows, tables, strict=True)
+    return torch.cat([F.embedding(at, table, sparse=sparse) for at, table in pairs], 1)
 
 
 def bags(codes: Tensor, tables: Sequence[Tensor], levels: Sequence[int], sparse: bool) -> Tensor:

@@ -162,6 +162,7 @@ void prefix_runs_chunk(const PrefixGradient& job, int64_t chunk, const PrefixSte
   }
   for (int64_t l = 0; l < depth; ++l)
     ends.rows[l] = runs[l].sum && runs[l].sum == runs[l].tail ? runs[l].next[-1] : kNoRow;
+  end_stream();  // of rules that store
 }
 
 void prefix_runs_slots(const RowUpdate& table, const int64_t* rows, float* slots, int64_t count,

@@ -5,6 +5,8 @@
 namespace livrec {
 namespace {
 
+constexpr int64_t kLarge = 4 << 20;  // bytes of a level's sums, of which caches hold little
+
 std::vector<Tensor> prefix_ngram_gradient(const Tensor& grad, const Tensor& codes,
                                           const std::vector<int64_t>& sizes,
                                           const std::vector<int64_t>& rows,
@@ -28,6 +30,7 @@ std::vector<Tensor> prefix_ngram_gradient(const Tensor& grad, const Tensor& code
       RowUpdate store{};
       store.table = out.back().mutable_data_ptr(), store.stride = dim, store.dim = dim;
       store.rule = RowRule::store;
+      store.past_caches = out.back().numel() * 4 >= kLarge;
       stores.push_back(store);
     }
     runs.go(stores.data());

@@ -91,8 +91,11 @@ LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
 LIVREC_INLINE void step_row(const RowUpdate& job, int64_t row, const float* grad, float* scratch) {
   const int64_t dim = job.dim;
   if (job.rule == RowRule::store) {
-    __builtin_memcpy(static_cast<float*>(job.table) + row * job.stride, grad,
-                     static_cast<size_t>(dim) * 4);
+    float* to = static_cast<float*>(job.table) + row * job.stride;
+    if (job.past_caches && streamable(to, dim * 4))
+      stream(reinterpret_cast<const char*>(grad), dim * 4, reinterpret_cast<char*>(to));
+    else
+      __builtin_memcpy(to, grad, static_cast<size_t>(dim) * 4);
   } else if (job.type == RowType::f32) {
     float* own = static_cast<float*>(job.table) + row * job.stride;
     float* moved = gathered(own, job.column_stride, dim, scratch);

@@ -28,6 +28,7 @@ struct RowUpdate {
   const float* sums;    // [rows, dim]
   int64_t dim;
   RowRule rule;
+  bool past_caches;  // whether what is stored is too much for them
   float lr, eps;
   uint64_t seed;
 };
