@@ -154,12 +154,12 @@ def test_many_keys_are_sorted_whatever_their_bits(levels, items):
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if "native" in kernel])
 def test_sums_that_go_past_the_caches(kernel):
-    """Megabytes of them: in whole lines of memory, and not; a row each, and rows that keys share."""
+    """Megabytes of them: in whole lines of memory, or not; of rows that keys share, or do not."""
     levels, dims = (70_000, 3), (32, 20)
     codes = torch.stack([torch.arange(70_000).flip(0), torch.arange(70_000) % 3], 1)
     codes = torch.cat([codes, codes[::7]])
     grad = _whole(len(codes), sum(dims))
-    rows = (70_000, 90_000)
+    rows = (70_000, 131_071)
     found = run(prefix_ngram_gradient, kernel, grad, codes, levels, rows, dims)
     for at, part in enumerate(grad.split(dims, 1)):
         key = codes[:, 0] if at == 0 else (codes[:, 0] * 3 + codes[:, 1]) % rows[1]

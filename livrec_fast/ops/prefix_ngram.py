@@ -210,11 +210,11 @@ def prefix_ngram_lookup(
     and bfloat16, gradients included, are taken in float32 and rounded once. Autocast leaves the
     tables as they are. Deterministic for any thread count. Workspace on a CPU: 1,024 L bytes and a
     row of the result per thread; of the gradient, that of `prefix_ngram_gradient` and the sums of
-    the rows looked up, and nothing of a table's size but the dense gradients themselves. On a GPU: none, and
-    a code out of range counts as unknown; of the gradient, that of `prefix_ngram_gradient`, for
-    which the host waits as it says. Triton compiles for the levels and the shapes of the tables, of
-    at most 8 levels. Of the reference:
-    float32 copies of the rows that are looked up, O(M sum d_l), and O(M L) integers.
+    the rows looked up, and nothing of a table's size but the dense gradients themselves. On a GPU:
+    none, and a code out of range counts as unknown; of the gradient, that of
+    `prefix_ngram_gradient`, for which the host waits as it says. Triton compiles for the levels and
+    the shapes of the tables, of at most 8 levels. Of the reference: float32 copies of the rows that
+    are looked up, O(M sum d_l), and O(M L) integers.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, level, choice or offset.

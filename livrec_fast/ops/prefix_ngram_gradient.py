@@ -120,8 +120,9 @@ def prefix_ngram_gradient(
     Each item's gradient is read once. Deterministic for any thread count. Autocast leaves grad as
     it is. Not differentiable. Workspace on a CPU: about 70 bytes per item, 8 L bytes, and the sums
     of prefixes that share a row of a hashed table; nothing of a table's size. On a GPU: about 60
-    bytes per item for the sort, and per level twice the sums of its prefixes. The numbers of rows depend on the codes, and a GPU's host must know them to return
-    them: as with `torch.unique`, it waits, a few times per level.
+    bytes per item for the sort, and per level twice the sums of its prefixes. The numbers of rows
+    depend on the codes, and a GPU's host must know them to return them: as with `torch.unique`, it
+    waits, a few times per level.
 
     Raises: as the lookup.
 

@@ -101,11 +101,12 @@ def prefix_ngram_update(
         None: tables and states are changed. Rows that were not read stay as they are, to the bit.
 
     Computed in float32 (float64 for float64). The same as `row_update` of what
-    `prefix_ngram_gradient` returns, on the same backend, to the bit; but a row is updated as soon as
-    its sum is known, and sums are not written down. Autocast changes nothing. Not differentiable: a
-    graph that saved a table notices the change. Deterministic for any thread count. Workspace on a CPU: about 40 bytes per item, 24 more per
-    further group, 8 L bytes, and the sums of prefixes that share a row of a hashed table; nothing
-    of a table's size. Of the reference: that of the two ops.
+    `prefix_ngram_gradient` returns, on the same backend, to the bit; but a row is updated as soon
+    as its sum is known, and sums are not written down. Autocast changes nothing. Not
+    differentiable: a graph that saved a table notices the change. Deterministic for any thread
+    count. Workspace on a CPU: about 40 bytes per item, 24 more per further group, 8 L bytes, and
+    the sums of prefixes that share a row of a hashed table; nothing of a table's size. Of the
+    reference: that of the two ops.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, rule or rate, states that do
