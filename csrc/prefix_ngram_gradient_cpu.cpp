@@ -177,6 +177,7 @@ void prefix_runs_slots(const RowUpdate& table, const int64_t* rows, float* slots
     step_row(table, rows[i], sum, scratch);
     i = next;
   }
+  end_stream();
 }
 
 }  // namespace LIVREC_ISA

@@ -15,6 +15,7 @@ void row_update(const RowUpdate& job, int64_t begin, int64_t end, float* scratch
     if (i + kAhead < end) ask(job, job.rows[i + kAhead]);
     step_row(job, job.rows[i], job.sums + i * job.dim, scratch);
   }
+  end_stream();  // of rules that store
 }
 
 }  // namespace LIVREC_ISA

@@ -118,11 +118,11 @@ def prefix_ngram_gradient(
         float32 [n_l, d_l] (float64 for float64). What an optimiser needs of a sparse gradient.
 
     Each item's gradient is read once. Deterministic for any thread count. Autocast leaves grad as
-    it is. Not differentiable. Workspace on a CPU: about 70 bytes per item, 8 L bytes, and the sums
-    of prefixes that share a row of a hashed table; nothing of a table's size. On a GPU: about 60
-    bytes per item for the sort, and per level twice the sums of its prefixes. The numbers of rows
-    depend on the codes, and a GPU's host must know them to return them: as with `torch.unique`, it
-    waits, a few times per level.
+    it is. Not differentiable. Workspace on a CPU: about 40 + 8 L bytes per item, and the sums of
+    prefixes that share a row of a hashed table; nothing of a table's size. On a GPU: about 60 bytes
+    per item for the sort, and per level twice the sums of its prefixes. The numbers of rows depend
+    on the codes, and a GPU's host must know them to return them: as with `torch.unique`, it waits,
+    a few times per level.
 
     Raises: as the lookup.
 
