@@ -35,7 +35,12 @@ ISA_FLAGS = {
     "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
     "amx_emulated": ["-DLIVREC_EMULATED_TILES"],
 }
-TILED = "contrastive*_cpu.cpp"  # all that the levels of AMX have kernels of their own for
+CPU_KERNELS = {  # of the levels that only some have kernels of their own for; see csrc/isa.h
+    "avx512_vnni": ("codebook*", "kmeans_step*", "residual_kmeans*"),
+    "avx512_bf16": ("contrastive*", "target_attention*"),
+    "amx": ("contrastive*",),
+    "amx_emulated": ("contrastive*",),
+}
 OBJECT_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-fno-math-errno", "-Wall", "-Wextra"),  # sqrt tells nobody of negative numbers
@@ -78,7 +83,8 @@ def isa_levels():
 
 def sources_of(level):
     """Return the kernels that are compiled for a level."""
-    return sorted(CSRC.glob(TILED if level.startswith("amx") else "*_cpu.cpp"))
+    names = CPU_KERNELS.get(level, ("*",))
+    return sorted(path for name in names for path in CSRC.glob(f"{name}_cpu.cpp"))
 
 
 def wants_cuda():
@@ -155,6 +161,8 @@ def extension():
     sources = [CSRC / "module.cpp", *sorted(CSRC.glob("*_torch.cpp"))]
     macros = [("TORCH_TARGET_VERSION", TARGET)]
     flags = {"cxx": ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]}
+    if "-g" not in os.environ.get("CFLAGS", ""):  # what Python was built with would ask for it
+        flags["cxx"].append("-g0")
     make = cpp_extension.CppExtension
     if wants_cuda():
         make = cpp_extension.CUDAExtension

@@ -62,22 +62,22 @@ struct Rows {
 };
 
 // Bytes of memory for a codebook, and filling it; `memory` is aligned to 64 bytes.
-LIVREC_DECLARE(int64_t, codebook_bytes, (int64_t size, int64_t dim))
-LIVREC_DECLARE(void, codebook_pack, (Codebook & codebook, void* memory))
+LIVREC_DECLARE_VNNI(int64_t, codebook_bytes, (int64_t size, int64_t dim))
+LIVREC_DECLARE_VNNI(void, codebook_pack, (Codebook & codebook, void* memory))
 
 // Bytes of scratch for a search, aligned to 64 bytes.
-LIVREC_DECLARE(int64_t, codebook_scratch, (int64_t dim))
+LIVREC_DECLARE_VNNI(int64_t, codebook_scratch, (int64_t dim))
 
 // The nearest codewords of a block of rows. Returns the first row that has none (a NaN, an
 // infinity, or products past float32's range; its code is 0), or -1.
-LIVREC_DECLARE(int64_t, codebook_nearest,
-               (const Codebook& codebook, const Rows& rows, int32_t* codes, void* scratch))
+LIVREC_DECLARE_VNNI(int64_t, codebook_nearest,
+                    (const Codebook& codebook, const Rows& rows, int32_t* codes, void* scratch))
 
 // The nearest codeword as codebook_nearest finds it, the nearest of the others, and how much larger
 // the second's squared distance is; where there is but one codeword, code 0 and +inf. Returns as
 // codebook_nearest.
-LIVREC_DECLARE(int64_t, codebook_two_nearest,
-               (const Codebook& codebook, const Rows& rows, int32_t* codes, int32_t* second,
-                float* gaps, void* scratch))
+LIVREC_DECLARE_VNNI(int64_t, codebook_two_nearest,
+                    (const Codebook& codebook, const Rows& rows, int32_t* codes, int32_t* second,
+                     float* gaps, void* scratch))
 
 }  // namespace livrec

@@ -30,7 +30,7 @@ struct PackedCodebook {
 
   PackedCodebook(const Tensor& given, const Tensor* penalty_given, int64_t dim)
       : codewords(checked(given, dim)),
-        memory(LIVREC_CALL(codebook_bytes, given.size(0), dim)),
+        memory(LIVREC_CALL_VNNI(codebook_bytes, given.size(0), dim)),
         codebook{} {
     codebook.codewords = codewords.const_data_ptr<float>();
     if (penalty_given != nullptr) {
@@ -39,7 +39,7 @@ struct PackedCodebook {
     }
     codebook.size = codewords.size(0);
     codebook.dim = dim;
-    LIVREC_CALL(codebook_pack, codebook, memory.data());
+    LIVREC_CALL_VNNI(codebook_pack, codebook, memory.data());
   }
 
  private:

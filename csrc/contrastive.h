@@ -79,34 +79,34 @@ struct ContrastivePart {
   int64_t row, rows, column, columns;
 };
 
-LIVREC_DECLARE_TILED(int64_t, contrastive_stride, (int64_t dim))
-LIVREC_DECLARE_TILED(int64_t, contrastive_space,
-                     (int64_t dim, int64_t similar_dim, int64_t terms))  // floats of scratch
+LIVREC_DECLARE_AMX(int64_t, contrastive_stride, (int64_t dim))
+LIVREC_DECLARE_AMX(int64_t, contrastive_space,
+                   (int64_t dim, int64_t similar_dim, int64_t terms))  // floats of scratch
 
 // Rows of x [count, dim], of unit length where `normalize`, rounded to `rounded` and as float32;
 // zeros where not valid. norms [count], or null: what they were divided by, 0 for less than 1e-12.
-LIVREC_DECLARE_TILED(void, contrastive_units,
-                     (const void* x, TableType type, bool normalize, TableType rounded,
-                      const bool* valid, int64_t count, int64_t dim, int64_t stride, float* units,
-                      float* norms))
+LIVREC_DECLARE_AMX(void, contrastive_units,
+                   (const void* x, TableType type, bool normalize, TableType rounded,
+                    const bool* valid, int64_t count, int64_t dim, int64_t stride, float* units,
+                    float* norms))
 
 // Whether this level multiplies bfloat16, and units as it wants them, which are rounded already: of
 // rows begin .. end - 1, from an even one to an even one or the last; zeros where there is nothing.
-LIVREC_DECLARE_TILED(bool, contrastive_packs, ())
-LIVREC_DECLARE_TILED(void, contrastive_pack,
-                     (const float* units, int64_t begin, int64_t end, int64_t stride, float* words,
-                      int64_t words_stride, float* paired))
+LIVREC_DECLARE_AMX(bool, contrastive_packs, ())
+LIVREC_DECLARE_AMX(void, contrastive_pack,
+                   (const float* units, int64_t begin, int64_t end, int64_t stride, float* words,
+                    int64_t words_stride, float* paired))
 
 // products [count]: <a_i, b_i>.
-LIVREC_DECLARE_TILED(void, contrastive_products,
-                     (const float* a, const float* b, int64_t count, int64_t dim, int64_t stride,
-                      double* products))
+LIVREC_DECLARE_AMX(void, contrastive_products,
+                   (const float* a, const float* b, int64_t count, int64_t dim, int64_t stride,
+                    double* products))
 
 // Bits of pairs with a product above the threshold, [rows, words]: those of a block of rows with a
 // later block, or with itself, both ways.
-LIVREC_DECLARE_TILED(void, contrastive_pairs,
-                     (const Contrastive& call, int64_t above, int64_t block, uint64_t* pairs,
-                      float* scratch))
+LIVREC_DECLARE_AMX(void, contrastive_pairs,
+                   (const Contrastive& call, int64_t above, int64_t block, uint64_t* pairs,
+                    float* scratch))
 
 // Of rows, or of columns (padded), brought up to date by a part: the greatest logit, the sum of
 // exponentials, how many negatives there are (or null: not asked), and with groups the sum of the
@@ -116,9 +116,9 @@ struct ContrastiveSums {
   int32_t* negatives;
   double* positives;
 };
-LIVREC_DECLARE_TILED(void, contrastive_forward,
-                     (const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
-                      const ContrastiveSums* rows, const ContrastiveSums* columns))
+LIVREC_DECLARE_AMX(void, contrastive_forward,
+                   (const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
+                    const ContrastiveSums* rows, const ContrastiveSums* columns))
 
 struct ContrastiveSlopes {
   const float *row_shifts, *row_factors;        // lse_i and g_i
@@ -128,9 +128,9 @@ struct ContrastiveSlopes {
   float* row_weights;                           // [columns, padded]: sum_i of the rows' own part
 };
 
-LIVREC_DECLARE_TILED(void, contrastive_backward,
-                     (const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
-                      const ContrastiveSlopes* slopes))
+LIVREC_DECLARE_AMX(void, contrastive_backward,
+                   (const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch,
+                    const ContrastiveSlopes* slopes))
 
 // The gradient of rows of x from that of their units, (du + factor_i other_i) scale, in `type`.
 // slopes [count], or null: <unit_i, that gradient>.
@@ -143,8 +143,8 @@ struct ContrastiveRows {
   float scale;
   int64_t dim, stride;
 };
-LIVREC_DECLARE_TILED(void, contrastive_finish,
-                     (const ContrastiveRows& rows, int64_t begin, int64_t end, void* out,
-                      double* slopes, float* scratch))
+LIVREC_DECLARE_AMX(void, contrastive_finish,
+                   (const ContrastiveRows& rows, int64_t begin, int64_t end, void* out,
+                    double* slopes, float* scratch))
 
 }  // namespace livrec

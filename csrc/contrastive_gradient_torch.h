@@ -60,7 +60,7 @@ class ContrastiveGradient {
     }
     ContrastiveCall::each_part(
         calls, [&](const ContrastiveTerms& terms, const ContrastivePart& part, float* scratch) {
-          LIVREC_CALL_TILED(contrastive_backward, terms, part, scratch, slopes.data());
+          LIVREC_CALL_AMX(contrastive_backward, terms, part, scratch, slopes.data());
         });
   }
 
@@ -200,8 +200,8 @@ class ContrastiveGradient {
     rows.dim = called_.dim, rows.stride = called_.stride;
     ContrastiveCall::each_rows(x.size(0), [&](int64_t begin, int64_t end) {
       Buffer scratch;
-      LIVREC_CALL_TILED(contrastive_finish, rows, begin, end, out, slopes,
-                        scratch.of(2 * called_.stride));
+      LIVREC_CALL_AMX(contrastive_finish, rows, begin, end, out, slopes,
+                      scratch.of(2 * called_.stride));
     });
   }
 

@@ -88,7 +88,7 @@ inline void find_losses(const ContrastiveCalls& calls, float* losses, double* ls
   for (Sums& sums : columns) of_columns.push_back(sums.given());
   ContrastiveCall::each_part(calls, [&](const ContrastiveTerms& terms, const ContrastivePart& part,
                                         float* scratch) {
-    LIVREC_CALL_TILED(contrastive_forward, terms, part, scratch, of_rows.data(), of_columns.data());
+    LIVREC_CALL_AMX(contrastive_forward, terms, part, scratch, of_rows.data(), of_columns.data());
   });
   for (size_t t = 0; t < calls.size(); ++t) {
     losses_of(*calls[t], rows[t], columns[t], losses, lses);

@@ -140,7 +140,7 @@ class ContrastiveCall {
         columns(batch + (given.extra_keys ? given.extra_keys->size(0) : 0)),
         padded_columns((columns + kTileColumns - 1) / kTileColumns * kTileColumns),
         dim(query.size(1)),
-        stride(LIVREC_CALL_TILED(contrastive_stride, dim)),
+        stride(LIVREC_CALL_AMX(contrastive_stride, dim)),
         chunks(std::clamp<int64_t>((columns + kChunk - 1) / kChunk, 1, kMostChunks)),
         temperature(given.temperature.numel() == 1 ? number_at(given.temperature, 0) : NAN),
         units(((shared ? 0 : batch) + columns) * stride * 4),
@@ -164,7 +164,7 @@ class ContrastiveCall {
     number_ids(given);
     query_valid_ = query_valid ? query_valid : call.valid;
     make_units();
-    if (rounds && LIVREC_CALL_TILED(contrastive_packs)) pack_units();
+    if (rounds && LIVREC_CALL_AMX(contrastive_packs)) pack_units();
     if (given.threshold && !shared_) make_similar(given);
   }
 
@@ -198,7 +198,7 @@ class ContrastiveCall {
     return (of_column ? sum : sum - groups_.log_q[group]) / positives_of(row, of_column);
   }
   int64_t space(int64_t terms = 1) const {
-    return LIVREC_CALL_TILED(contrastive_space, dim, call.similar_dim, terms);
+    return LIVREC_CALL_AMX(contrastive_space, dim, call.similar_dim, terms);
   }
   // Of the bits that are kept for the gradient, [rows, words].
   std::array<int64_t, 2> kept_shape() const {
@@ -221,7 +221,7 @@ class ContrastiveCall {
           float* scratched = scratch.of(space());
           for (int64_t t = begin; t < end; ++t) {
             const auto [above, block] = tasks[static_cast<size_t>(t)];
-            LIVREC_CALL_TILED(contrastive_pairs, call, above, block, bits, scratched);
+            LIVREC_CALL_AMX(contrastive_pairs, call, above, block, bits, scratched);
           }
         });
     use_pairs(found);
@@ -359,8 +359,8 @@ class ContrastiveCall {
     make(key, batch, call.valid);
     if (extra_keys) make(*extra_keys, 2 * batch, nullptr);
     each_rows(batch, [&](int64_t begin, int64_t end) {
-      LIVREC_CALL_TILED(contrastive_products, units_of(begin), units_of(batch + begin), end - begin,
-                        dim, stride, positives.data() + begin);
+      LIVREC_CALL_AMX(contrastive_products, units_of(begin), units_of(batch + begin), end - begin,
+                      dim, stride, positives.data() + begin);
     });
   }
 
@@ -371,13 +371,13 @@ class ContrastiveCall {
     const int64_t width = x.size(1);
     const auto* from = static_cast<const char*>(x.const_data_ptr()) +
                        begin * width * static_cast<int64_t>(x.element_size());
-    LIVREC_CALL_TILED(contrastive_units, from, type, to_unit, rounded,
-                      of_valid != nullptr ? of_valid + begin : nullptr, end - begin, width, apart,
-                      out, divisors);
+    LIVREC_CALL_AMX(contrastive_units, from, type, to_unit, rounded,
+                    of_valid != nullptr ? of_valid + begin : nullptr, end - begin, width, apart,
+                    out, divisors);
   }
 
   void pack_units() {
-    call.words_stride = LIVREC_CALL_TILED(contrastive_stride, (dim + 1) / 2);
+    call.words_stride = LIVREC_CALL_AMX(contrastive_stride, (dim + 1) / 2);
     const auto pack = [&](ContrastiveSide& side, std::unique_ptr<Scratch>& held) {
       const int64_t words = (side.count + 15) * call.words_stride,  // rows are read by tiles
           paired = (side.count + 1) / 2 * stride, past = 16 * stride;
@@ -385,8 +385,8 @@ class ContrastiveCall {
       auto* out = static_cast<float*>(held->data());
       std::fill_n(out + words + paired, past, 0.0f);
       each_rows(side.count, [&](int64_t begin, int64_t end) {
-        LIVREC_CALL_TILED(contrastive_pack, side.units, begin, end, stride, out, call.words_stride,
-                          out + words);
+        LIVREC_CALL_AMX(contrastive_pack, side.units, begin, end, stride, out, call.words_stride,
+                        out + words);
       });
       side.words = out, side.paired = out + words;
     };
@@ -405,7 +405,7 @@ class ContrastiveCall {
     call.similar = {units_of(0), count, nullptr, nullptr}, call.finds_similar = true;
     call.words = (count + kPairsPerWord - 1) / kPairsPerWord;
     call.similar_dim = vectors.size(1);
-    call.similar_stride = LIVREC_CALL_TILED(contrastive_stride, call.similar_dim);
+    call.similar_stride = LIVREC_CALL_AMX(contrastive_stride, call.similar_dim);
     if (!given.pair_vectors && normalize && type == TableType::f32 && !rounds) return;
     const int64_t apart = call.similar_stride;
     similar_ = std::make_unique<Scratch>((count + 1) * apart * 4);  // one past the last is read

@@ -38,14 +38,15 @@ struct KMeansSums {
 };
 
 // Bytes of scratch that one call of kmeans_step needs.
-LIVREC_DECLARE(int64_t, kmeans_step_scratch, (int64_t dim))
+LIVREC_DECLARE_VNNI(int64_t, kmeans_step_scratch, (int64_t dim))
 // Assigns rows [begin, end) and adds them to `sums`. Returns the first row that has no nearest
 // codeword (its code is 0, and it is added), or -1.
-LIVREC_DECLARE(int64_t, kmeans_step,
-               (const KMeansStep& job, int64_t begin, int64_t end, KMeansSums& sums, void* scratch))
+LIVREC_DECLARE_VNNI(int64_t, kmeans_step,
+                    (const KMeansStep& job, int64_t begin, int64_t end, KMeansSums& sums,
+                     void* scratch))
 // Adds up the rows order[begin .. end - 1] into `sum` [dim]; `scratch` holds dim floats.
-LIVREC_DECLARE(void, kmeans_step_gather,
-               (const KMeansStep& job, const int64_t* order, int64_t begin, int64_t end,
-                double* sum, float* scratch))
+LIVREC_DECLARE_VNNI(void, kmeans_step_gather,
+                    (const KMeansStep& job, const int64_t* order, int64_t begin, int64_t end,
+                     double* sum, float* scratch))
 
 }  // namespace livrec

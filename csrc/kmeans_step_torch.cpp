@@ -45,7 +45,7 @@ void gather_sums(const KMeansStep& job, int64_t rows, double* sums) {
       const bool shared = order.starts[code] < begin || order.starts[code + 1] > end;
       double* to = shared ? run.data() : sums + static_cast<int64_t>(code) * dim;
       if (shared) run.assign(run.size(), 0.0);
-      LIVREC_CALL(kmeans_step_gather, job, order.rows.data(), at, last, to, scratch.data());
+      LIVREC_CALL_VNNI(kmeans_step_gather, job, order.rows.data(), at, last, to, scratch.data());
       if (shared) {
         const std::lock_guard<std::mutex> lock(mutex);
         for (int64_t d = 0; d < dim; ++d) sums[static_cast<int64_t>(code) * dim + d] += run[d];
@@ -91,10 +91,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_step(
   std::mutex mutex;
   FirstBad first_bad;
   torch::stable::parallel_for(0, rows, 1024, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(LIVREC_CALL(kmeans_step_scratch, dim));
+    const Scratch scratch(LIVREC_CALL_VNNI(kmeans_step_scratch, dim));
     std::vector<double> own(static_cast<size_t>(size * ((cached ? dim : 0) + 1)), 0.0);
     KMeansSums part{cached ? own.data() + size : nullptr, own.data(), 0.0};
-    first_bad.note(LIVREC_CALL(kmeans_step, job, begin, end, part, scratch.data()));
+    first_bad.note(LIVREC_CALL_VNNI(kmeans_step, job, begin, end, part, scratch.data()));
     const std::lock_guard<std::mutex> lock(mutex);  // sums are exact: their order is of no account
     for (int64_t j = 0; j < size; ++j) masses[j] += part.mass[j];
     for (int64_t k = 0; cached && k < size * dim; ++k) total[k] += part.sums[k];

@@ -86,6 +86,10 @@ Isa best_isa() {
 }
 
 Isa current_isa() { return isa_in_use().load(std::memory_order_relaxed); }
+bool reaches(Isa level) {
+  const Isa isa = current_isa();
+  return isa == Isa::amx_emulated ? level == isa || level == Isa::baseline : level <= isa;
+}
 void set_isa(Isa isa) { isa_in_use().store(isa, std::memory_order_relaxed); }
 
 }  // namespace livrec

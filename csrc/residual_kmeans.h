@@ -30,11 +30,11 @@ struct ResidualKMeansEncode {
 };
 
 // Bytes of scratch that one call of residual_kmeans_encode needs.
-LIVREC_DECLARE(int64_t, residual_kmeans_scratch, (int64_t dim))
+LIVREC_DECLARE_VNNI(int64_t, residual_kmeans_scratch, (int64_t dim))
 // Encodes rows [begin, end); `scratch` is aligned to 64 bytes. Returns the first row that has no
 // nearest codeword (a NaN, an infinity, or products past float32's range; its codes are in range
 // and mean nothing), or -1.
-LIVREC_DECLARE(int64_t, residual_kmeans_encode,
-               (const ResidualKMeansEncode& job, int64_t begin, int64_t end, void* scratch))
+LIVREC_DECLARE_VNNI(int64_t, residual_kmeans_encode,
+                    (const ResidualKMeansEncode& job, int64_t begin, int64_t end, void* scratch))
 
 }  // namespace livrec

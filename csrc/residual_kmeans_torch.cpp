@@ -56,8 +56,8 @@ Outputs encode(const Tensor& x_given, const std::vector<Tensor>& codebooks, bool
   if (second) job.gap = out.gap.mutable_data_ptr<float>();
   FirstBad first_bad;
   torch::stable::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(LIVREC_CALL(residual_kmeans_scratch, dim));
-    first_bad.note(LIVREC_CALL(residual_kmeans_encode, job, begin, end, scratch.data()));
+    const Scratch scratch(LIVREC_CALL_VNNI(residual_kmeans_scratch, dim));
+    first_bad.note(LIVREC_CALL_VNNI(residual_kmeans_encode, job, begin, end, scratch.data()));
   });
   check_rows(first_bad);
   return out;

@@ -48,23 +48,23 @@ struct AttentionPiece {
   float* scratch;                                // target_attention_space() floats
 };
 
-LIVREC_DECLARE(int64_t, target_attention_pad, ())
-LIVREC_DECLARE(int64_t, target_attention_space, (const AttentionPiece& piece, bool gradient))
+LIVREC_DECLARE_BF16(int64_t, target_attention_pad, ())
+LIVREC_DECLARE_BF16(int64_t, target_attention_space, (const AttentionPiece& piece, bool gradient))
 
 // x [candidates, heads, dim] in `type`, times factor, to [heads x candidates, padded] in float32.
-LIVREC_DECLARE(void, target_attention_widen,
-               (const void* x, TableType type, int64_t candidates, int64_t heads, int64_t dim,
-                int64_t padded, float factor, float* out))
+LIVREC_DECLARE_BF16(void, target_attention_widen,
+                    (const void* x, TableType type, int64_t candidates, int64_t heads, int64_t dim,
+                     int64_t padded, float factor, float* out))
 // And back, every row times its factor, or all times `factor` where there are none.
-LIVREC_DECLARE(void, target_attention_narrow,
-               (const float* x, const float* factors, float factor, TableType type,
-                int64_t candidates, int64_t heads, int64_t dim, int64_t padded, void* out))
+LIVREC_DECLARE_BF16(void, target_attention_narrow,
+                    (const float* x, const float* factors, float factor, TableType type,
+                     int64_t candidates, int64_t heads, int64_t dim, int64_t padded, void* out))
 
 // out [groups x rows, value_padded], peaks and sums [groups x rows]: sum of exp(s - peak) v, the
 // greatest s or one not far below, and the sum of exp(s - peak). Other activations: out is the sum
 // of w v.
-LIVREC_DECLARE(void, target_attention_forward,
-               (const AttentionPiece& piece, float* out, float* peaks, float* sums))
+LIVREC_DECLARE_BF16(void, target_attention_forward,
+                    (const AttentionPiece& piece, float* out, float* peaks, float* sums))
 
 struct AttentionSlopes {
   const float *grad, *base;             // [groups x rows, value_padded] and [groups x rows]
@@ -77,10 +77,10 @@ struct AttentionSlopes {
 };
 
 // peaks, sums and slopes [groups x rows]: m, Z and the sum of exp(s - m) (D - base).
-LIVREC_DECLARE(void, target_attention_slopes,
-               (const AttentionPiece& piece, const float* grad, const float* base, float* peaks,
-                float* sums, float* slopes))
-LIVREC_DECLARE(void, target_attention_backward,
-               (const AttentionPiece& piece, const AttentionSlopes& slopes))
+LIVREC_DECLARE_BF16(void, target_attention_slopes,
+                    (const AttentionPiece& piece, const float* grad, const float* base,
+                     float* peaks, float* sums, float* slopes))
+LIVREC_DECLARE_BF16(void, target_attention_backward,
+                    (const AttentionPiece& piece, const AttentionSlopes& slopes))
 
 }  // namespace livrec

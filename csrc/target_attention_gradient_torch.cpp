@@ -45,8 +45,8 @@ class Gradient {
       each_piece(false, [&](const Task& task, Asked& asked, const AttentionPiece& piece) {
         float* found = slopes(task);
         const int64_t columns = call_.columns_of(task.user);
-        LIVREC_CALL(target_attention_slopes, piece, asked.grad, asked.base, found, found + columns,
-                    found + 2 * columns);
+        LIVREC_CALL_BF16(target_attention_slopes, piece, asked.grad, asked.base, found,
+                         found + columns, found + 2 * columns);
       });
       call_.each_user([&](int64_t begin, int64_t end) {
         for (int64_t user = begin; user < end; ++user) join_slopes(user);
@@ -182,7 +182,7 @@ class Gradient {
     to.dv = grad_v ? AttentionCall::at(*grad_v, task.begin) : nullptr;
     to.dbias =
         grad_bias ? grad_bias->mutable_data_ptr<float>() + task.begin * call_.bias_heads : nullptr;
-    LIVREC_CALL(target_attention_backward, piece, to);
+    LIVREC_CALL_BF16(target_attention_backward, piece, to);
   }
 
   void finish(int64_t user) {

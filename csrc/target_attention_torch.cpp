@@ -30,8 +30,8 @@ class Forward {
         const Task& task = call_.tasks[static_cast<size_t>(t)];
         float* wide = q.of(call_.columns_of(task.user) * call_.padded);
         call_.widen(call_.q, task.user, call_.dim, call_.padded, call_.scale, wide);
-        LIVREC_CALL(target_attention_forward, call_.piece_of(task, wide, scratch, false),
-                    sums(task), peaks(task), totals(task));
+        LIVREC_CALL_BF16(target_attention_forward, call_.piece_of(task, wide, scratch, false),
+                         sums(task), peaks(task), totals(task));
       }
     });
     call_.each_user([&](int64_t begin, int64_t end) {

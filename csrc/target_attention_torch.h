@@ -84,7 +84,7 @@ class AttentionCall {
                           (bias->dim() == 1 || (bias->dim() == 2 && bias->size(1) == heads)),
                       "bias: must be float32 [T] or [T, H]");
     }
-    const int64_t pad = LIVREC_CALL(target_attention_pad);
+    const int64_t pad = LIVREC_CALL_BF16(target_attention_pad);
     padded = (dim + pad - 1) / pad * pad, value_padded = (value_dim + pad - 1) / pad * pad;
     cut();
   }
@@ -118,7 +118,7 @@ class AttentionCall {
     piece.dim = dim, piece.value_dim = value_dim;
     piece.padded = padded, piece.value_padded = value_padded;
     piece.q = q_wide, piece.scale = scale;
-    piece.scratch = scratch.of(LIVREC_CALL(target_attention_space, piece, gradient));
+    piece.scratch = scratch.of(LIVREC_CALL_BF16(target_attention_space, piece, gradient));
     return piece;
   }
 
@@ -126,13 +126,13 @@ class AttentionCall {
   void widen(const Tensor& x, int64_t user, int64_t dim_of, int64_t padded_of, float factor,
              float* out) const {
     const int64_t count = candidates(user);
-    LIVREC_CALL(target_attention_widen, at(x, first_row(user), heads * dim_of), type, count, heads,
-                dim_of, padded_of, factor, out);
+    LIVREC_CALL_BF16(target_attention_widen, at(x, first_row(user), heads * dim_of), type, count,
+                     heads, dim_of, padded_of, factor, out);
   }
   void narrow(const float* x, const float* factors, float factor, int64_t user, int64_t dim_of,
               int64_t padded_of, const Tensor& out) const {
-    LIVREC_CALL(target_attention_narrow, x, factors, factor, type, candidates(user), heads, dim_of,
-                padded_of, at(out, first_row(user), heads * dim_of));
+    LIVREC_CALL_BF16(target_attention_narrow, x, factors, factor, type, candidates(user), heads,
+                     dim_of, padded_of, at(out, first_row(user), heads * dim_of));
   }
 
   static char* at(const Tensor& x, int64_t row) {

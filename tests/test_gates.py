@@ -132,7 +132,7 @@ def test_cpu_objects_use_their_own_instruction_set(cpu_objects):
             assert re.search(rf"vfn?m(add|sub)\d+ps.*%{register}", code), (op, level)
         if level == "avx512_vnni" and "__AVX512VNNI__" in source:
             assert re.search(r"vpdpbusd.*%zmm", code), (op, level)
-        if level == "avx512_bf16" and op.startswith(("contrastive", "target_attention")):
+        if level == "avx512_bf16":
             assert re.search(r"vdpbf16ps.*%zmm", code), (op, level)
         assert ("tdpbf16ps" in code) == (level == "amx"), (op, level)
         assert level == "amx" or not re.search(r"%tmm|ldtilecfg|tilerelease", code), (op, level)
