@@ -7,8 +7,10 @@ namespace livrec {
 namespace LIVREC_ISA {
 namespace {
 
+constexpr int64_t kPlanned = 64;    // items that are planned level by level
 constexpr int64_t kBlock = 16;      // items that are gone through level by level, from the cache
 constexpr int64_t kRowsAhead = 16;  // runs whose rows are asked for before they are updated
+constexpr int64_t kListAhead = 64;  // runs of which it is asked which rows they have
 
 // The runs of a level, as a chunk is gone through.
 struct LevelRuns {
@@ -19,18 +21,40 @@ struct LevelRuns {
   float* slots;
   float* head;
   float* tail;
-  const float* sum;  // of the open run: an item's gradient as it lies, head or tail; null: none
+  float* open;  // where the sum of the open run is kept between blocks, head or tail; null: none
 };
 
-LIVREC_INLINE void finish(LevelRuns& runs, float* scratch) {
-  if (!runs.sum || runs.sum == runs.head) return;
-  const RowUpdate& table = *runs.table;
-  const int64_t row = runs.next[-1];
-  if (row >= 0)
-    step_row(table, row, runs.sum, scratch);
-  else
-    copy(runs.sum, table.dim, runs.slots + ~row * table.dim);
-}
+// The sum of a run: in registers where it is V whole vectors, in `space` where V is 0.
+template <int V>
+struct Sum {
+  Floats lanes[V];
+  alignas(64) float numbers[V * kLanes];
+  Sum(int64_t, float*) {}
+  LIVREC_INLINE void start(const float* x) {
+    for (int v = 0; v < V; ++v) lanes[v] = load(x + v * kLanes);
+  }
+  LIVREC_INLINE void go_on(const float* x) {
+    for (int v = 0; v < V; ++v) lanes[v] += load(x + v * kLanes);
+  }
+  LIVREC_INLINE void put(float* to) const {
+    for (int v = 0; v < V; ++v) store(to + v * kLanes, lanes[v]);
+  }
+  LIVREC_INLINE const float* in_memory() {
+    put(numbers);
+    return numbers;
+  }
+};
+
+template <>
+struct Sum<0> {
+  int64_t dim;
+  float* space;
+  Sum(int64_t dim, float* space) : dim(dim), space(space) {}
+  void start(const float* x) { copy(x, dim, space); }
+  void go_on(const float* x) { add(x, dim, space); }
+  void put(float* to) const { copy(space, dim, to); }
+  const float* in_memory() const { return space; }
+};
 
 // Some items and their gradients: in float32 of those at hand, as they lie of those to come.
 struct Block {
@@ -39,85 +63,125 @@ struct Block {
   const char* to_come[kBlock];
 };
 
-// Goes through a block of items, and asks for what its level will need of the next one.
-void add_block(LevelRuns& runs, int64_t level, const PrefixPlan& plan, const Block& block,
-               int64_t asked, int64_t bytes, float* scratch) {
-  const uint8_t *fresh = plan.fresh + block.begin, *depth = plan.depth + block.begin;
-  const float* const* grads = block.grads;
-  const int64_t dim = runs.table->dim;
-  for (int64_t i = 0; i < block.count; ++i) {
-    if (i < block.coming) fetch(block.to_come[i] + asked, bytes);
-    const float* grad = grads[i] + runs.column;
-    if (fresh[i] <= level) {
-      finish(runs, scratch);
-      runs.sum = nullptr;
+// Goes through a block of items at one level, and asks for what it will need of the next block.
+template <int V>
+class LevelPass {
+ public:
+  // Copies of what is read for every item: stores may change all but these.
+  LevelPass(const LevelRuns& runs, float* scratch)
+      : runs_(runs),
+        table_(*runs.table),
+        scratch_(scratch),
+        sum_(runs.table->dim, scratch + 2 * runs.table->dim) {}
+
+  LIVREC_INLINE LevelRuns go(int64_t level, const PrefixPlan& plan, const Block& block,
+                             int64_t asked, int64_t bytes) {
+    const uint8_t *fresh = plan.fresh + block.begin, *depth = plan.depth + block.begin;
+    if (runs_.open) sum_.start(runs_.open);
+    for (int64_t i = 0; i < block.count; ++i) {
+      if (i < block.coming) fetch(block.to_come[i] + asked, bytes);
+      const float* grad = block.grads[i] + runs_.column;
+      if (fresh[i] > level) {
+        sum_.go_on(grad);
+        continue;
+      }
+      finish();
       if (depth[i] <= level) continue;
-      if (runs.next + kRowsAhead < runs.last && runs.next[kRowsAhead] >= 0)
-        ask(*runs.table, runs.next[kRowsAhead]);
-      ++runs.next;
-      runs.sum = grad;
-    } else if (runs.sum == runs.head || runs.sum == runs.tail) {
-      add(grad, dim, const_cast<float*>(runs.sum));
-    } else {
-      sum_up(runs.sum, grad, dim, runs.tail);
-      runs.sum = runs.tail;
+      begin();
+      sum_.start(grad);
     }
+    if (runs_.open) sum_.put(runs_.open);
+    return runs_;
   }
-  if (runs.sum && runs.sum != runs.head && runs.sum != runs.tail) {
-    copy(runs.sum, dim, runs.tail);
-    runs.sum = runs.tail;
+
+ private:
+  LIVREC_INLINE int64_t dim() const { return V > 0 ? V * kLanes : table_.dim; }
+
+  LIVREC_INLINE void begin() {
+    fetch(runs_.next + kListAhead, 1);
+    if (runs_.next + kRowsAhead < runs_.last && runs_.next[kRowsAhead] >= 0)
+      ask(table_, runs_.next[kRowsAhead]);
+    ++runs_.next;
+    runs_.open = runs_.tail;
   }
+
+  LIVREC_INLINE void finish() {
+    const float* open = runs_.open;
+    runs_.open = nullptr;
+    if (!open) return;
+    if (open == runs_.head) return sum_.put(runs_.head);
+    const int64_t row = runs_.next[-1];
+    if (row < 0) return sum_.put(runs_.slots + ~row * dim());
+    step_row(table_, dim(), row, sum_.in_memory(), scratch_);
+  }
+
+  LevelRuns runs_;
+  const RowUpdate table_;
+  float* scratch_;
+  Sum<V> sum_;
+};
+
+// The first level where each of some items begins a run, or its depth; and depths.
+LIVREC_INLINE void find_fresh(const PrefixGradient& job, int64_t at, int64_t count, uint8_t* fresh,
+                              uint8_t* known) {
+  const int64_t depth = job.codes.level_count;
+  uint64_t changed[kPlanned], same[kPlanned] = {};
+  for (int64_t i = 0; i < count; ++i)
+    changed[i] = job.sorted[at + i] ^ job.sorted[at + i - (at + i > 0)];
+  for (int64_t l = 0; l < depth; ++l)
+    for (int64_t i = 0; i < count; ++i) same[i] += changed[i] >> job.shifts[l] == 0 ? 1 : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    fresh[i] = static_cast<uint8_t>(same[i]);
+    known[i] = static_cast<uint8_t>(depth);
+  }
+  for (int64_t i = 0; job.depths && i < count; ++i) {
+    const uint8_t before = at + i > 0 ? job.depths[job.order[at + i - 1]] : 0;
+    known[i] = job.depths[job.order[at + i]];
+    fresh[i] = fresh[i] < before ? fresh[i] : before;
+    fresh[i] = fresh[i] < known[i] ? fresh[i] : known[i];
+  }
+  if (at == 0) fresh[0] = 0;
 }
 
 }  // namespace
 
 void prefix_runs_plan(const PrefixGradient& job, int64_t chunk, const PrefixPlan& plan) {
   const int64_t begin = chunk * kRunChunk, end = end_of(job, chunk), depth = job.codes.level_count;
-  // Copies of what is read for every item: stores of bytes may change all but these.
-  const uint64_t* words = job.sorted;
-  int64_t shifts[kMostLevels], sizes[kMostLevels], keys[kMostLevels];
-  int64_t* next[kMostLevels];
-  uint64_t masks[kMostLevels];
-  uint8_t same[65];  // levels that words share whose highest different bit is this one; 64: none
-  for (int64_t l = depth - 1, bit = 0; l >= 0; --l) {
-    const int64_t above = l > 0 ? job.shifts[l - 1] : 64;
-    for (; bit < above; ++bit) same[bit] = static_cast<uint8_t>(l);
-    const int64_t bits = above - job.shifts[l];
-    masks[l] = bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
-    shifts[l] = job.shifts[l], sizes[l] = job.codes.levels[l].size;
-    next[l] = plan.rows[l] + begin;
-  }
-  same[64] = static_cast<uint8_t>(depth);
-  for (int64_t at = begin; at < end; ++at) {
-    const uint64_t word = words[at], changed = at > 0 ? word ^ words[at - 1] : 0;
-    const int64_t known = job.depths ? job.depths[job.order[at]] : depth;
-    int64_t fresh = same[changed ? 63 - __builtin_clzll(changed) : 64];
-    if (job.depths && at > 0) {
-      const int64_t before = job.depths[job.order[at - 1]];
-      fresh = fresh < before ? fresh : before;
-    }
-    fresh = at == 0 ? 0 : fresh < known ? fresh : known;
-    plan.fresh[at] = static_cast<uint8_t>(fresh);
-    plan.depth[at] = static_cast<uint8_t>(known);
-    for (int64_t l = at > begin ? fresh : 0; l < known; ++l) {
-      const auto code = static_cast<int64_t>((word >> shifts[l]) & masks[l]);
-      keys[l] = l > 0 ? keys[l - 1] * sizes[l] + code : code;
-      if (l >= fresh) *next[l]++ = keys[l];
+  int64_t counts[kMostLevels] = {};
+  for (int64_t at = begin; at < end; at += kPlanned) {
+    const int64_t count = least(kPlanned, end - at);
+    const uint64_t* words = job.sorted + at;
+    uint8_t *fresh = plan.fresh + at, *known = plan.depth + at;
+    find_fresh(job, at, count, fresh, known);
+    uint64_t keys[kPlanned] = {};
+    for (int64_t l = 0; l < depth; ++l) {
+      const int64_t above = l > 0 ? job.shifts[l - 1] : 64, shift = job.shifts[l];
+      const uint64_t size = static_cast<uint64_t>(job.codes.levels[l].size);
+      const uint64_t mask =
+          above - shift < 64 ? (uint64_t{1} << (above - shift)) - 1 : ~uint64_t{0};
+      for (int64_t i = 0; i < count; ++i) keys[i] = keys[i] * size + ((words[i] >> shift) & mask);
+      int64_t* rows = plan.rows[l] + begin;
+      int64_t next = counts[l];
+      for (int64_t i = 0; i < count; ++i) {  // what is no run's is written over
+        rows[next] = static_cast<int64_t>(keys[i]);
+        next += (fresh[i] <= l) & (l < known[i]);
+      }
+      counts[l] = next;
     }
   }
-  int64_t* counts = plan.counts + chunk * depth;
-  for (int64_t l = 0; l < depth; ++l) counts[l] = next[l] - (plan.rows[l] + begin);
-  for (int64_t l = 0; l < depth; ++l)
-    if (job.codes.levels[l].hash != KeyHash::none)
-      prefix_gradient_hash(job.codes.levels[l], plan.rows[l] + begin, counts[l],
-                           plan.rows[l] + begin);
+  for (int64_t l = 0; l < depth; ++l) {
+    plan.counts[chunk * depth + l] = counts[l];
+    if (job.codes.levels[l].hash == KeyHash::none) continue;
+    int64_t* rows = plan.rows[l] + begin;
+    prefix_gradient_hash(job.codes.levels[l], rows, counts[l], rows);
+  }
 }
 
 int64_t prefix_runs_scratch(const PrefixGradient& job, const PrefixSteps& steps) {
   int64_t widest = 0;
   for (int64_t l = 0; l < job.codes.level_count; ++l)
     widest = steps.tables[l].dim > widest ? steps.tables[l].dim : widest;
-  return kBlock * width_of(job) + 2 * widest;
+  return kBlock * width_of(job) + 3 * widest;
 }
 
 void prefix_runs_chunk(const PrefixGradient& job, int64_t chunk, const PrefixSteps& steps,
@@ -139,7 +203,7 @@ void prefix_runs_chunk(const PrefixGradient& job, int64_t chunk, const PrefixSte
                ends.head + place,
                ends.tail + place,
                nullptr};
-    if (l < plan.fresh[begin]) runs[l].sum = runs[l].head;
+    if (l < plan.fresh[begin]) runs[l].open = runs[l].head;
     for (const int64_t* row = rows; row < runs[l].last && row < rows + kRowsAhead; ++row)
       if (*row >= 0) ask(table, *row);
     place += table.dim;
@@ -157,26 +221,31 @@ void prefix_runs_chunk(const PrefixGradient& job, int64_t chunk, const PrefixSte
     for (int64_t i = 0; i < block.coming; ++i) block.to_come[i] = grad_at(job, stop + i);
     for (int64_t l = 0; l < depth; ++l) {
       const int64_t bytes = job.sum && l > 0 ? 0 : runs[l].table->dim * size;
-      add_block(runs[l], l, plan, block, runs[l].column * size, bytes, space);
+      by_vectors(runs[l].table->dim, [&](auto vectors) {
+        LevelPass<vectors.value> pass(runs[l], space);
+        runs[l] = pass.go(l, plan, block, runs[l].column * size, bytes);
+      });
     }
   }
   for (int64_t l = 0; l < depth; ++l)
-    ends.rows[l] = runs[l].sum && runs[l].sum == runs[l].tail ? runs[l].next[-1] : kNoRow;
+    ends.rows[l] = runs[l].open && runs[l].open == runs[l].tail ? runs[l].next[-1] : kNoRow;
   end_stream();  // of rules that store
 }
 
 void prefix_runs_slots(const RowUpdate& table, const int64_t* rows, float* slots, int64_t count,
                        int64_t begin, int64_t end, float* scratch) {
   while (begin > 0 && begin < end && rows[begin] == rows[begin - 1]) ++begin;
-  for (int64_t i = begin; i < end;) {
-    if (i + kRowsAhead < count) ask(table, rows[i + kRowsAhead]);
-    float* sum = slots + i * table.dim;
-    int64_t next = i + 1;
-    for (; next < count && rows[next] == rows[i]; ++next)
-      add(slots + next * table.dim, table.dim, sum);
-    step_row(table, rows[i], sum, scratch);
-    i = next;
-  }
+  by_vectors(table.dim, [&](auto vectors) {
+    const int64_t dim = vectors.value > 0 ? vectors.value * kLanes : table.dim;
+    for (int64_t i = begin; i < end;) {
+      if (i + kRowsAhead < count) ask(table, rows[i + kRowsAhead]);
+      float* sum = slots + i * dim;
+      int64_t next = i + 1;
+      for (; next < count && rows[next] == rows[i]; ++next) add(slots + next * dim, dim, sum);
+      step_row(table, dim, rows[i], sum, scratch);
+      i = next;
+    }
+  });
   end_stream();
 }
 

@@ -133,8 +133,8 @@ class PrefixRuns {
       found.places.push_back(static_cast<uint32_t>(&run - first));
     });
     const uint64_t height = job_.codes.levels[l].rows;
-    sort(found.rows, found.places,
-         bits_of(static_cast<int64_t>(std::min<uint64_t>(height, INT64_MAX))));
+    sort(found.rows.data(), found.places.data(), static_cast<int64_t>(found.rows.size()),
+         bits_of(static_cast<int64_t>(std::min<uint64_t>(height, INT64_MAX))), true);
     return found;
   }
 

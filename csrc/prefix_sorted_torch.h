@@ -9,48 +9,45 @@
 namespace livrec {
 
 // The codes of a group, sorted; `job` is told of them.
-struct SortedCodes {
-  std::vector<int64_t> shifts;
-  std::vector<uint64_t> words;
-  std::vector<uint32_t> order;
-  std::vector<uint8_t> depths;
-
+class SortedCodes {
+ public:
   explicit SortedCodes(PrefixGradient& job)
-      : shifts(static_cast<size_t>(job.codes.level_count)),
-        words(static_cast<size_t>(job.codes.items)),
-        order(words.size()),
-        depths(words.size()) {
+      : shifts_(static_cast<size_t>(job.codes.level_count)), room_(job.codes.items * (8 + 4 + 1)) {
     const int64_t items = job.codes.items, depth = job.codes.level_count;
     int64_t bits = 0;
     for (int64_t l = depth - 1; l >= 0; --l) {
-      shifts[static_cast<size_t>(l)] = bits;
+      shifts_[static_cast<size_t>(l)] = bits;
       bits += bits_of(job.codes.levels[l].size);
     }
     STD_TORCH_CHECK(bits < 64 && depth <= 63, "levels: codes side by side must fit in 63 bits");
+    auto* words = static_cast<uint64_t*>(room_.data());
+    auto* order = reinterpret_cast<uint32_t*>(words + items);
+    auto* depths = reinterpret_cast<uint8_t*>(order + items);
     FirstBad first_bad;
     torch::stable::parallel_for(0, items, 4096, [&](int64_t begin, int64_t end) {
-      first_bad.note(LIVREC_CALL(prefix_gradient_words, job.codes, shifts.data(), begin, end,
-                                 words.data(), depths.data()));
+      first_bad.note(
+          LIVREC_CALL(prefix_gradient_words, job.codes, shifts_.data(), begin, end, words, depths));
     });
     check_codes(first_bad);
-    std::iota(order.begin(), order.end(), 0u);
     uint8_t least = 255;
-    for (const uint8_t known : depths) least = std::min(least, known);
+    for (int64_t i = 0; i < items; ++i) least = std::min(least, depths[i]);
     const bool unknown = least < depth;
     if (unknown) {  // shallow items first, so that they come first among equal words
-      std::vector<uint64_t> known(depths.begin(), depths.end());
-      sort(known, order, 8);
-      std::vector<uint64_t> moved(words.size());
-      for (size_t i = 0; i < words.size(); ++i) moved[i] = words[order[i]];
-      words.swap(moved);
+      std::vector<uint64_t> known(depths, depths + items), given(words, words + items);
+      sort(known.data(), order, items, 8, false);
+      for (int64_t i = 0; i < items; ++i) words[i] = given[order[i]];
     }
-    sort(words, order, bits);
-    job.depths = unknown ? depths.data() : nullptr;
-    job.sorted = words.data();
-    job.order = order.data();
-    job.shifts = shifts.data();
+    sort(words, order, items, bits, unknown);
+    job.depths = unknown ? depths : nullptr;
+    job.sorted = words;
+    job.order = order;
+    job.shifts = shifts_.data();
   }
   SortedCodes(const SortedCodes&) = delete;
+
+ private:
+  std::vector<int64_t> shifts_;
+  Scratch room_;  // of words, order and depths
 };
 
 // The history of every item.

@@ -57,9 +57,9 @@ inline void narrow_at_random(const float* from, const RowUpdate& job, int64_t ro
   }
 }
 
-LIVREC_INLINE void move(const RowUpdate& job, int64_t row, const float* grad, float* to,
-                        float* space) {
-  const int64_t dim = job.dim;
+// to: the row in float32, unit stride. dim: job's, which the compiler may know.
+LIVREC_INLINE void move(const RowUpdate& job, int64_t dim, int64_t row, const float* grad,
+                        float* to, float* space) {
   float* state = job.state ? job.state + row * job.state_stride : nullptr;
   if (job.rule == RowRule::adagrad) {
     float* squares = gathered(state, job.state_column_stride, dim, space);
@@ -79,6 +79,22 @@ LIVREC_INLINE void move(const RowUpdate& job, int64_t row, const float* grad, fl
   for (; d < dim; ++d) to[d] -= rate * grad[d];
 }
 
+// Of rows that are not float32 of unit stride.
+__attribute__((noinline)) void step_elsewhere(const RowUpdate& job, int64_t row, const float* grad,
+                                              float* scratch) {
+  const int64_t dim = job.dim;
+  if (job.type == RowType::f32) {
+    float* own = static_cast<float*>(job.table) + row * job.stride;
+    float* moved = gathered(own, job.column_stride, dim, scratch);
+    move(job, dim, row, grad, moved, scratch + dim);
+    return scatter(moved, job.column_stride, dim, own);
+  }
+  uint16_t* own = static_cast<uint16_t*>(job.table) + row * job.stride;
+  float* moved = widened(own, job.type, job.column_stride, dim, scratch);
+  move(job, dim, row, grad, moved, scratch + dim);
+  narrow_at_random(moved, job, row, own);
+}
+
 LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
   if (job.rule == RowRule::store) return;  // it is not read
   const int64_t size = job.type == RowType::f32 ? 4 : 2;
@@ -87,25 +103,19 @@ LIVREC_INLINE void ask(const RowUpdate& job, int64_t row) {
     fetch(job.state + row * job.state_stride, job.rule == RowRule::adagrad ? job.dim * 4 : 4);
 }
 
-// Moves a row, given its gradient. scratch [2 dim].
-LIVREC_INLINE void step_row(const RowUpdate& job, int64_t row, const float* grad, float* scratch) {
-  const int64_t dim = job.dim;
+// Moves a row, given its gradient. dim: job's, which the compiler may know. scratch [2 dim].
+LIVREC_INLINE void step_row(const RowUpdate& job, int64_t dim, int64_t row, const float* grad,
+                            float* scratch) {
   if (job.rule == RowRule::store) {
     float* to = static_cast<float*>(job.table) + row * job.stride;
     if (job.past_caches && streamable(to, dim * 4))
       stream(reinterpret_cast<const char*>(grad), dim * 4, reinterpret_cast<char*>(to));
     else
       __builtin_memcpy(to, grad, static_cast<size_t>(dim) * 4);
-  } else if (job.type == RowType::f32) {
-    float* own = static_cast<float*>(job.table) + row * job.stride;
-    float* moved = gathered(own, job.column_stride, dim, scratch);
-    move(job, row, grad, moved, scratch + dim);
-    scatter(moved, job.column_stride, dim, own);
+  } else if (job.type == RowType::f32 && job.column_stride == 1) {
+    move(job, dim, row, grad, static_cast<float*>(job.table) + row * job.stride, scratch);
   } else {
-    uint16_t* own = static_cast<uint16_t*>(job.table) + row * job.stride;
-    float* moved = widened(own, job.type, job.column_stride, dim, scratch);
-    move(job, row, grad, moved, scratch + dim);
-    narrow_at_random(moved, job, row, own);
+    step_elsewhere(job, row, grad, scratch);
   }
 }
 

@@ -37,6 +37,27 @@ LIVREC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LIVREC_INLINE Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 LIVREC_INLINE void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 
+template <int N>
+struct Known {
+  static constexpr int value = N;
+};
+
+// Calls go with the number of whole vectors in a row of `size` numbers where the compiler shall
+// know it, else with 0.
+template <typename Go>
+LIVREC_INLINE void by_vectors(int64_t size, const Go& go) {
+  switch (size % kLanes == 0 ? size / kLanes : 0) {
+    case 1:
+      return go(Known<1>());
+    case 2:
+      return go(Known<2>());
+    case 4:
+      return go(Known<4>());
+    default:
+      return go(Known<0>());
+  }
+}
+
 // Asks memory for what will be read, as far as the second cache: the first keeps track of few lines
 // on their way, and the processor waits where it can take no more. Always inline, as must be what
 // only calls it: GCC takes a function that does nothing else for one without effect, and drops its

@@ -61,9 +61,8 @@ def _in_one_pass(
     for learner in learners:
         own = next_step(learner)
         states, seeds = states + own[0], seeds + own[1]
-    kept = [state for state in states if state is not None] or None  # SGD has none
-    step = {**optimizer.step(), "states": kept, "seeds": seeds}
-    lookup.update(grad, codes, tables, offsets, packed, **step)
+    kept = [state for state in states if state is not None]  # SGD has none
+    lookup.update(grad, codes, tables, offsets, packed, kept, seeds, **optimizer.step())
     for learner in learners:
         learner.updates.add_(1)
     return True

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .._dispatch import OPS, BackendError
+from .._dispatch import BackendError
 from ..ops.prefix_ngram import prefix_ngram_lookup
 from ..ops.prefix_ngram_gradient import prefix_ngram_gradient
 from ..ops.prefix_ngram_keys import prefix_ngram_keys
-from ..ops.prefix_ngram_update import prefix_ngram_update
+from ..ops.prefix_ngram_update import update
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,24 @@ class Lookup:
         return list(zip(found[::2], found[1::2], strict=True))
 
     def update(
-        self, grad: Tensor, codes: Tensor, tables: Sequence[Tensor], offsets: Tensor | None,
-        packed: bool, **step: Any,
+        self, grad: Tensor, codes: Tensor, tables: list[Tensor], offsets: Tensor | None,
+        packed: bool, states: list[Tensor], seeds: list[int], *, rule: str, lr: float,
+        eps: float = 1e-8,
     ) -> None:  # fmt: skip
-        """Take a step of an optimiser on the rows that codes read, in one pass over grad."""
-        given = self._given(offsets, packed)
-        prefix_ngram_update(tables, grad, codes, self.levels, **given, **step)
+        """Take a step of an optimiser on the rows that codes read, in one pass over grad.
+
+        What a lookup and a module have checked is not checked again.
+        """
+        how = (self.mode, offsets, self.pool, self.hashing, self.groups, packed)
+        step = (rule, lr, eps, seeds)
+        update(tables, states, grad, codes, self.levels, *how, *step, backend=self.backend)
+        increment_version(tables)  # graphs that saved one must not use it now
 
     def updates_in_one_pass(self, grad: Tensor, codes: Tensor, tables: Sequence[Tensor]) -> bool:
         """Tell whether `update` is more than `gradient` and `row_update` one after the other."""
         args: list[Any] = [tables, [], grad, codes, self.levels]
         try:
-            chosen = OPS["prefix_ngram_update"].choose(args, self.backend)
+            chosen = update.choose(args, self.backend)
         except BackendError:  # the backend has no such op
             return False
         apart = len({table.data_ptr() for table in tables}) == len(tables)
