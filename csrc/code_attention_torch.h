@@ -12,7 +12,7 @@
 namespace livrec {
 
 constexpr int64_t kFewUsers = 8;          // below it, long histories are read by several threads
-constexpr int64_t kLittleWork = 1 << 16;  // items times columns that one thread had better do alone
+constexpr int64_t kLittleWork = 1 << 12;  // items times columns that one thread had better do alone
 constexpr int64_t kRunColumns = 16;       // below it, runs save less than they take to find
 constexpr float kHeadroom = 64.0f;        // powers of two
 constexpr int64_t kHistoryChunk = 2048;   // items at a time, then: whatever the number of threads
