@@ -15,7 +15,8 @@
 //   dq_i = sum_j W_ij k_j / T,   dk_j = sum_i W_ij q_i / T,   dT = -sum_i <q_i, dq_i> / T
 //
 // where m = 1 - exp(s_ii - lse) is what the positive misses: four matrix products in all, one way
-// or both. With groups, W_ip loses g_i / n_i (and h_p / n'_p), and m = 1 / n - exp(s_ii - lse).
+// or both, and three where the forward pass keeps its own. With groups, W_ip loses g_i / n_i (and
+// h_p / n'_p), and m = 1 / n - exp(s_ii - lse).
 //
 // Where the positive is no sample, the loss of a row is w (log R' - s_ii), its logits less log Q
 // but for s_ii and R' = R (1 - Q_i); then exp(s_ij - log R) has the factor g_i w, and m = w.
@@ -66,6 +67,9 @@ struct Contrastive {
   int64_t similar_dim, similar_stride;
   bool finds_similar;  // again in every tile
   float threshold;
+  int64_t kept_rows;  // of which products are kept
+  float* keeps;       // [kept_rows, columns]: where they are, -inf where pairs are masked; or null
+  const float* kept;  // likewise, what was kept and is not computed again; or null
 };
 
 // Calls on the same queries, as many columns and the same masks by queries: the first call's.

@@ -218,6 +218,7 @@ void contrastive_forward(const ContrastiveTerms& terms, const ContrastivePart& p
                   tally_columns(call, row, count, column + v, space.s + v, columns);
               }
             });
+  end_stream();  // of products that are kept
 }
 
 }  // namespace LIVREC_ISA

@@ -14,14 +14,19 @@ std::vector<Tensor> in_batch_contrastive_backward(
     const std::vector<Optional>& grads, const Tensor& query, const Tensor& key,
     const Tensor& temperature, bool normalize, bool symmetric, const Optional& query_ids,
     const Optional& key_ids, const Optional& group_ids, std::optional<double> threshold,
-    const Optional& pair_vectors, bool keep_pairs, const Optional& log_q, Text log_q_rule,
-    const Optional& valid, const Optional& extra_keys, Text precision,
+    const Optional& pair_vectors, bool keep_pairs, int64_t keep_products, const Optional& log_q,
+    Text log_q_rule, const Optional& valid, const Optional& extra_keys, Text precision,
     const std::vector<Tensor>& outputs, const std::vector<bool>& needs) {
   ContrastiveCall called({query, key, temperature, normalize, symmetric, query_ids, key_ids,
-                          group_ids, threshold, pair_vectors, keep_pairs, log_q, log_q_rule, valid,
-                          extra_keys, precision});
-  check_kept({&called}, grads, outputs);
+                          group_ids, threshold, pair_vectors, keep_pairs, keep_products, log_q,
+                          log_q_rule, valid, extra_keys, precision});
+  check_kept({&called}, grads, outputs, 4);
   if (called.keeps_pairs) called.use_pairs(contiguous_of(outputs[2]));
+  const Tensor products = contiguous_of(outputs[3]);
+  STD_TORCH_CHECK(products.numel() == called.call.kept_rows * called.columns &&
+                      products.scalar_type() == ScalarType::Float,
+                  "outputs: products must be as the forward pass gives them");
+  if (products.numel() > 0) called.call.kept = products.const_data_ptr<float>();
   ContrastiveNeeds asked(needs);
   const bool of_query = asked.next(), of_key = asked.next(), of_temperature = asked.next();
   asked.next(query_ids), asked.next(key_ids), asked.next(group_ids);

@@ -11,12 +11,12 @@ struct ContrastiveWanted {
 
 // That a gradient is given what the forward pass gives, of all terms.
 inline void check_kept(const ContrastiveCalls& calls, const std::vector<Optional>& grads,
-                       const std::vector<Tensor>& outputs) {
+                       const std::vector<Tensor>& outputs, size_t count) {
   const ContrastiveCall& first = *calls[0];
   const int64_t rows = static_cast<int64_t>(calls.size()) * first.batch;
   const auto [kept, words] = first.kept_shape();
   STD_TORCH_CHECK(
-      outputs.size() == 3 && grads.size() == 3 &&
+      outputs.size() == count && grads.size() == count &&
           (!grads[0] ||
            (grads[0]->numel() == rows && grads[0]->scalar_type() == ScalarType::Float)) &&
           outputs[1].numel() == first.kept_sums() * rows &&

@@ -30,7 +30,8 @@ class Terms {
                    temperature = torch::stable::select(temperatures, 0, t);
       held_.push_back(std::make_unique<ContrastiveCall>(
           ContrastiveArguments{anchor, key, temperature, normalize, symmetric, query_ids, ids, none,
-                               threshold, none, keep_pairs, none, standard, rows, none, precision},
+                               threshold, none, keep_pairs, 0, none, standard, rows, none,
+                               precision},
           t == 0 ? nullptr : held_[0].get(), any_valid()));
       calls.push_back(held_.back().get());
     }
@@ -127,7 +128,7 @@ std::vector<Tensor> in_batch_contrastive_multi_backward(
     const std::vector<bool>& needs) {
   const Terms terms(anchor, keys, temperatures, normalize, symmetric, query_ids, key_ids, threshold,
                     keep_pairs, valid, precision);
-  check_kept(terms.calls, grads, outputs);
+  check_kept(terms.calls, grads, outputs, 3);
   if (terms.first().keeps_pairs) terms.first().use_pairs(contiguous_of(outputs[2]));
   ContrastiveNeeds asked(needs);
   const bool of_anchor = asked.next(), of_keys = asked.next(), of_temperatures = asked.next();

@@ -223,6 +223,44 @@ inline void fill_tile(const Contrastive& call, PairProducts& pairs, const float*
   mask_tile(call, column, width, row, rows, masked, s);
 }
 
+// A tile of masked products goes to where they are kept, or comes from there; padded with zeros.
+LIVREC_INLINE void keep_tile(const Contrastive& call, int64_t column, int64_t width, int64_t row,
+                             int64_t rows, const float* s) {
+  const int64_t columns = least(width, call.keys.count - column);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = s + i * kTileStride;
+    float* to = call.keeps + (row + i) * call.keys.count + column;
+    if (streamable(to, columns * 4))
+      stream(reinterpret_cast<const char*>(from), columns * 4, reinterpret_cast<char*>(to));
+    else
+      __builtin_memcpy(to, from, static_cast<std::size_t>(columns) * 4);
+  }
+}
+
+LIVREC_INLINE void take_tile(const Contrastive& call, int64_t column, int64_t width, int64_t row,
+                             int64_t rows, float* s) {
+  const int64_t columns = least(width, call.keys.count - column);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = call.kept + (row + i) * call.keys.count + column;
+    float* to = s + i * kTileStride;
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) store(to + j, load(from + j));
+    for (; j < width; ++j) to[j] = j < columns ? from[j] : 0.0f;
+  }
+}
+
+// Asks for the tile that comes after one of a part, of the rows below or of the next columns.
+LIVREC_INLINE void ask_for_tile(const Contrastive& call, const ContrastivePart& part,
+                                int64_t column, int64_t row) {
+  const bool below = row + kTileRows < part.row + part.rows;
+  const int64_t first = below ? row + kTileRows : part.row,
+                rows = least(kTileRows, least(part.row + part.rows, call.kept_rows) - first),
+                at = below ? column : column + kTileColumns,
+                columns = least(kTileColumns, call.keys.count - at);
+  for (int64_t i = 0; i < rows && columns > 0; ++i)
+    fetch(call.kept + (first + i) * call.keys.count + at, columns * 4);
+}
+
 // Visits a part tile by tile, and in each tile term by term: visit(term, column, width, row, rows),
 // the term's products in space.s, -inf where a pair is masked.
 template <typename Visit>
@@ -230,11 +268,12 @@ LIVREC_INLINE void each_tile(const ContrastiveTerms& terms, const ContrastivePar
                              const TileSpace& space, PairProducts& pairs, const Visit& visit) {
   const Contrastive& shared = terms.calls[0];
   RowBits bits[kTileRows];
-  const RowBits* masked = queries_mask(shared) ? bits : nullptr;
+  const int64_t kept_rows = shared.kept != nullptr ? shared.kept_rows : 0;
+  const bool all_kept = part.row + part.rows <= kept_rows, asks = queries_mask(shared);
   for (int64_t at = 0; at < part.columns; at += kTileColumns) {
     const int64_t column = part.column + at,
                   width = least(kTileColumns, (part.columns - at + kPanel - 1) / kPanel * kPanel);
-    for (int64_t t = 0; t < terms.count; ++t) {
+    for (int64_t t = 0; t < terms.count && !all_kept; ++t) {
       const Contrastive& call = terms.calls[t];
       float* panels = space.panels + t * space.panels_size;
       if (call.keys.words != nullptr)
@@ -243,15 +282,25 @@ LIVREC_INLINE void each_tile(const ContrastiveTerms& terms, const ContrastivePar
       else
         turn_panels(call.keys, call.dim, call.stride, column, width, panels);
     }
-    if (shared.finds_similar)
+    if (!all_kept && shared.finds_similar)
       turn_panels(shared.similar, shared.similar_dim, shared.similar_stride, column, width,
                   space.similar_panels);
     for (int64_t r = 0; r < part.rows; r += kTileRows) {
       const int64_t row = part.row + r, rows = least(kTileRows, part.rows - r);
+      const bool kept = row + rows <= kept_rows;
+      const RowBits* masked = asks && !kept ? bits : nullptr;
       if (masked != nullptr) mask_by_queries(shared, space, column, width, row, rows, bits);
       for (int64_t t = 0; t < terms.count; ++t) {
-        fill_tile(terms.calls[t], pairs, space.panels + t * space.panels_size, column, width, row,
-                  rows, masked, space.s);
+        const Contrastive& call = terms.calls[t];
+        if (kept) {
+          take_tile(call, column, width, row, rows, space.s);
+          ask_for_tile(call, part, column, row);
+        } else {
+          fill_tile(call, pairs, space.panels + t * space.panels_size, column, width, row, rows,
+                    masked, space.s);
+        }
+        if (call.keeps != nullptr && row + rows <= call.kept_rows)
+          keep_tile(call, column, width, row, rows, space.s);
         visit(t, column, width, row, rows);
       }
     }

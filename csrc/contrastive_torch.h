@@ -23,6 +23,7 @@ struct ContrastiveArguments {
   const std::optional<double>& threshold;
   const Optional& pair_vectors;
   bool keep_pairs;
+  int64_t keep_products;  // at most
   const Optional& log_q;
   const Text& log_q_rule;
   const Optional &valid, &extra_keys;
@@ -152,6 +153,7 @@ class ContrastiveCall {
     if (given.valid) valid = contiguous_of(*given.valid);
     if (given.log_q) log_q = contiguous_of(*given.log_q);
     call.dim = dim, call.stride = stride;
+    call.kept_rows = std::min(batch, given.keep_products / std::max<int64_t>(columns, 1));
     call.per_temperature = static_cast<float>(1.0 / temperature);
     if (call.per_temperature > 1.0 / temperature)
       call.per_temperature = std::nextafter(call.per_temperature, 0.0f);
@@ -204,6 +206,8 @@ class ContrastiveCall {
   std::array<int64_t, 2> kept_shape() const {
     return keeps_pairs ? std::array<int64_t, 2>{batch, call.words} : std::array<int64_t, 2>{0, 0};
   }
+  // Likewise of the masked products.
+  std::array<int64_t, 2> products_shape() const { return {call.kept_rows, columns}; }
   int64_t kept_sums() const { return 1 + symmetric + unsampled; }
 
   // Bits of false negatives, kept for both passes.

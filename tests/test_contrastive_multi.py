@@ -88,7 +88,7 @@ def test_a_raw_gradient_is_asked_of_every_tensor_or_refused(op, more):
     args = subject.arguments(inputs_for(subject.oracle, "typical"))
     outputs = subject.op.operator("native")(*args)
     backward = getattr(torch.ops.livrec, f"{op}_backward").native
-    grads = [torch.ones_like(outputs[0]), None, None]
+    grads = [torch.ones_like(outputs[0])] + [None] * (len(outputs) - 1)
     needs = [True] + [False] * (sum(isinstance(arg, torch.Tensor) for arg in args) - 1)
     (found,) = backward(grads, *args, outputs, needs)
     assert found.any()

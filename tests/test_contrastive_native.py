@@ -170,7 +170,7 @@ def test_pairs_kept_or_found_again_are_the_same(threshold, isa, normalize, dtype
     with _native.use_isa(isa):
         for kept in (True, False):
             args[at] = kept
-            losses, _, pairs = operator(*args)
+            losses, _, pairs, _ = operator(*args)
             assert pairs.shape == ((531, 9) if kept else (0, 0))
             found.append([losses, *torch.autograd.grad(losses.sum(), args[:3])])
             if kept:
@@ -234,6 +234,6 @@ def test_workspace_is_as_documented():
         pytest.skip("the peak cannot be reset here")
     bits, matrix = ROWS**2 / 8, ROWS**2 * 4
     own = 2 * 2 * 4 * ROWS * 144 + 2 * 4 * ROWS * 128 + 100 * ROWS  # units, gradients, results
-    spare = 20 * MB  # what the allocator leaves between, in huge pages
-    assert plain < own + spare < matrix / 8, f"{plain / MB:.1f} MB"
-    assert with_pairs < own + bits + spare < matrix / 7, f"{with_pairs / MB:.1f} MB"
+    kept, spare = 64 * MB, 20 * MB  # spare: what the allocator leaves between, in huge pages
+    assert kept < plain < own + kept + spare < matrix / 4, f"{plain / MB:.1f} MB"
+    assert with_pairs < own + bits + kept + spare < matrix / 3.5, f"{with_pairs / MB:.1f} MB"

@@ -17,6 +17,15 @@ PRECISIONS = (None, "bf16")
 _MOST_KEPT = 2**28  # pairs whose masks are kept as bits: 32 MiB
 
 
+_MOST_PRODUCTS = 2**24  # that are kept in float32: 64 MiB
+
+
+def products_kept(*leaves: Tensor | None) -> int:
+    """Return how many products may be kept for the gradients of leaves: 0 where none is wanted."""
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in leaves)
+    return _MOST_PRODUCTS if wanted and torch.is_grad_enabled() else 0
+
+
 def keeps_pairs(rows: int, columns: int) -> bool:
     """Tell whether the false negatives among so many pairs are kept for the gradient."""
     return rows * columns <= _MOST_KEPT

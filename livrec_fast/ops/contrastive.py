@@ -27,6 +27,7 @@ def _check_values(
     false_negative_threshold: float | None,
     pair_vectors: Tensor | None,
     keep_pairs: bool,
+    keep_products: int,
     log_q: Tensor | None,
     log_q_rule: str,
     valid: Tensor | None,
@@ -48,22 +49,30 @@ def _fake(
     false_negative_threshold: float | None,
     pair_vectors: Tensor | None,
     keep_pairs: bool,
+    keep_products: int,
     log_q: Tensor | None,
     log_q_rule: str,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+    valid: Tensor | None,
+    extra_keys: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = query.shape[0]
     compared = batch if pair_vectors is None else pair_vectors.shape[0]
     pairs = checks.kept_shape(batch, compared, false_negative_threshold, keep_pairs)
+    keys = batch + (0 if extra_keys is None else extra_keys.shape[0])
+    rows = reference.rows_kept(batch, keys, keep_products)
     sums = 1 + symmetric + (log_q_rule == reference.UNSAMPLED)  # the last: a row's weight
     return (
         query.new_empty((batch,), dtype=wide_dtype(query.dtype)),
         query.new_empty((sums, batch), dtype=torch.float64),
         query.new_empty(pairs, dtype=torch.int64),
+        query.new_empty((rows, keys), dtype=torch.float32),
     )
 
 
 def _refuse_tiles(query: Tensor, *rest: Any) -> str | None:
+    if _named((query, *rest))["keep_products"]:
+        return "keeps no products"
     if query.dtype == torch.float64:
         return "computes in float32; queries are float64"
     return refuse_triton(query)
@@ -73,10 +82,15 @@ def _named(args: Sequence[Any]) -> dict[str, Any]:
     return dict(zip((argument.name for argument in _op.schema.arguments), args, strict=True))
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import contrastive
 
-    return contrastive.in_batch_contrastive(**_named(args))
+    given = _named(args)
+    del given["keep_products"]  # it is 0
+    extra_keys = given["extra_keys"]
+    keys = len(given["key"]) + (0 if extra_keys is None else len(extra_keys))
+    no_products = args[0].new_empty((0, keys), dtype=torch.float32)
+    return *contrastive.in_batch_contrastive(**given), no_products
 
 
 def _triton_backward(
@@ -87,7 +101,8 @@ def _triton_backward(
     given = _named(args)
     tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
     wanted = [name for name, need in zip(tensors, needs, strict=True) if need]
-    _, lse, pairs = outputs
+    _, lse, pairs, _ = outputs
+    del given["keep_products"]
     found = kernels.in_batch_contrastive_gradient(grads[0], lse, pairs, wanted=wanted, **given)
     return [found[name] for name in wanted]
 
@@ -96,8 +111,9 @@ _op = Op(
     "in_batch_contrastive",
     "(Tensor query, Tensor key, Tensor temperature, bool normalize, bool symmetric, "
     "Tensor? query_ids, Tensor? key_ids, Tensor? group_ids, float? false_negative_threshold, "
-    "Tensor? pair_vectors, bool keep_pairs, Tensor? log_q, str log_q_rule, Tensor? valid, "
-    "Tensor? extra_keys, str precision) -> (Tensor losses, Tensor lse, Tensor pairs)",
+    "Tensor? pair_vectors, bool keep_pairs, int keep_products, Tensor? log_q, str log_q_rule, "
+    "Tensor? valid, Tensor? extra_keys, str precision) "
+    "-> (Tensor losses, Tensor lse, Tensor pairs, Tensor products)",
     fake=_fake,
     reference=reference.in_batch_contrastive,
     check_values=_check_values,
@@ -197,7 +213,8 @@ def in_batch_contrastive(
     Workspace: of the C++ kernel 4 D' (2 B + E) bytes, with D' = D rounded up to an odd multiple of
     16, as much again in the gradient, and where it multiplies bfloat16; a bit per pair compared
     where these are at most 2^28 (false negatives are found anew in both passes where they are
-    more); with a threshold 4 P' for each vector compared (P' as D'), unless these are the
+    more); where a gradient is wanted, 64 MiB at most for products that it need not compute again;
+    with a threshold 4 P' for each vector compared (P' as D'), unless these are the
     normalised float32 queries themselves; and per thread about 512 (D + P) + 110,000 bytes. Of the
     reference: about six float32 matrices and five boolean ones of B x (B + E), and as much again in
     the gradient. Threads: one for every 256 keys, at most 32. The Triton kernels hold the units of
@@ -248,8 +265,13 @@ def in_batch_contrastive(
     kept = threshold is not None and checks.keeps_pairs(
         batch, batch if compared is None else compared.shape[0]
     )
-    losses, _, _ = _op(
+    before = (
         query, key, scale, normalize, symmetric, query_ids, key_ids, group_ids, threshold, compared,
-        kept, log_q, log_q_rule, valid, extra_keys, lowered, backend=backend,
+        kept,
     )  # fmt: skip
+    after = (log_q, log_q_rule, valid, extra_keys, lowered)
+    products = checks.products_kept(query, key, scale, log_q, extra_keys)
+    if products and _op.choose((*before, 0, *after), backend) != "native":
+        products = 0
+    losses, _, _, _ = _op(*before, products, *after, backend=backend)
     return checks.reduce(losses, weights, valid, reduction)

@@ -26,18 +26,19 @@ def in_batch_contrastive(
     false_negative_threshold: float | None,
     pair_vectors: Tensor | None,
     keep_pairs: bool,
+    keep_products: int,
     log_q: Tensor | None,
     log_q_rule: str,
     valid: Tensor | None,
     extra_keys: Tensor | None,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss_i = logsumexp_j s_ij - mean_p s_ip;  s_ij = <q_i, k_j> / T - log_q_j.
 
     j: the positives and the unmasked negatives; p: the positives, i itself and those of its group.
 
     Also what a kernel keeps for its gradient: logsumexp_j s_ij by row (and by column where
-    `symmetric`), and false negatives as bits.
+    `symmetric`), false negatives as bits, and products of the first rows, -inf where masked or own.
 
     Vectors are normalised in float32 and rounded once to their dtype; the product is in that dtype
     and all after it in float32 (float64 throughout for float64). With the precision "bf16" they are
@@ -65,7 +66,11 @@ def in_batch_contrastive(
         square = similarity[:, :batch], positive[:, :batch], negative[:, :batch]
         other, sums = _cross_entropy(*square, dim=0)
         loss, lse = (loss + other) / 2, torch.cat([lse[:1], sums, lse[1:]])
-    return loss, lse.detach(), packed_pairs(similar if keep_pairs else None, product)
+    pairs = packed_pairs(similar if keep_pairs else None, product)
+    rows = rows_kept(batch, product.shape[1], keep_products)
+    kept = (negative | positive).fill_diagonal_(False)[:rows]
+    products = product[:rows].detach().float().masked_fill(~kept, -torch.inf)
+    return loss, lse.detach(), pairs, products
 
 
 def _of_rows(
@@ -191,6 +196,11 @@ def packed_pairs(pairs: Tensor | None, like: Tensor) -> Tensor:
         return like.new_empty((0, 0), dtype=torch.int64)
     words = F.pad(pairs, (0, -pairs.shape[1] % 64)).unflatten(1, (-1, 64))
     return (words << torch.arange(64, device=like.device)).sum(2)
+
+
+def rows_kept(rows: int, keys: int, products: int) -> int:
+    """Return of how many rows products are kept, where at most so many products are."""
+    return rows if rows * keys <= products else products // keys
 
 
 def make_inputs(

@@ -38,9 +38,9 @@ def in_batch_contrastive_multi(
     terms = [
         in_batch_contrastive(
             anchor, keys[t], temperatures[t], normalize, symmetric, query_ids, at(key_ids, t), None,
-            false_negative_threshold, None, keep_pairs, None, "standard", at(valid, t), None,
+            false_negative_threshold, None, keep_pairs, False, None, "standard", at(valid, t), None,
             precision,
-        )
+        )[:3]
         for t in range(len(keys))
     ]  # fmt: skip
     losses, lse, pairs = zip(*terms, strict=True)
