@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import livrec_fast
-from livrec_fast.benchmarking import Absent, Case, Options, ours
+from livrec_fast.benchmarking import Absent, Case, Contestant, Options, ours
 
 from . import peers, peers_contrastive, peers_contrastive_gpu
 from .agreement import Close
@@ -60,15 +60,20 @@ def case(
         query[::8] = query[1::8] + 0.1 * query[::8]  # no cosine is near the threshold
         return {n: x.to(options.device, dtype) for n, x in (("query", query), ("key", key))}
 
-    def loss(query: Tensor, key: Tensor, backend: str) -> Tensor:
+    def loss(query: Tensor, key: Tensor, backend: str, keep_products: bool) -> Tensor:
         return livrec_fast.in_batch_contrastive(
             query, key, temperature=TEMPERATURE, false_negative_threshold=threshold,
-            symmetric=symmetric, backend=backend,
+            symmetric=symmetric, keep_products=keep_products, backend=backend,
         )  # fmt: skip
 
-    def function(*, query: Tensor, key: Tensor, backend: str) -> list[Tensor]:
-        given = {"query": query, "key": key}
-        return peers_contrastive.training(partial(loss, backend=backend), given, training)()
+    def function(
+        *, query: Tensor, key: Tensor, backend: str, keep_products: bool = False
+    ) -> list[Tensor]:
+        given, how = {"query": query, "key": key}, {"keep_products": keep_products}
+        return peers_contrastive.training(partial(loss, backend=backend, **how), given, training)()
+
+    def keeping(inputs: Inputs) -> Any:
+        return partial(function, **inputs, backend="native", keep_products=True)
 
     settings = (training, TEMPERATURE, threshold, symmetric)
     setting = peers_contrastive.Setting(rows, *settings, dtype)
@@ -78,6 +83,7 @@ def case(
         agree = Close(partial(some_gradients, TEMPERATURE), pick=pick_some)
     large = peers_contrastive.too_large(options, rows**2, 18)
     reference = partial(function, backend="reference")
+    keeps = training and options.device == "cpu" and rows <= MOST_AT_ONCE
     shown = [f"D {DIM}, B {rows:,}", *(["masked"] if threshold else [])]
     return Case(
         op="in_batch_contrastive",
@@ -88,6 +94,7 @@ def case(
         agree=agree,
         contestants=[
             *ours(function, options),
+            *([Contestant("native, products kept", keeping, "ours")] if keeps else []),
             Absent("torch eager", large, "reference") if large else peers.eager(reference),
             *peers_contrastive.contestants(setting, options),
             *peers_contrastive_gpu.contestants(setting, options, agree),

@@ -242,6 +242,7 @@ BAD_INPUTS = {
         ("tensor device", scalar(1.0, device="meta"), ValueError, "temperature: device"),
         ("normalize", given("normalize", 1), TypeError, "normalize: must be a bool, got int"),
         ("symmetric", given("symmetric", None), TypeError, "symmetric: must be a bool"),
+        ("kept", given("keep_products", 1), TypeError, "keep_products: must be a bool, got int"),
         ("query_ids dtype", cast("query_ids", torch.int32), TypeError, "query_ids: dtype .*int32"),
         ("query_ids length", shorter("query_ids"), ValueError, r"query_ids: .*got \[95\]"),
         ("query_ids device", elsewhere("query_ids"), ValueError, "query_ids: device"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SUBJECTS
 
-from livrec_fast import _native, in_batch_contrastive
+from livrec_fast import InBatchContrastive, _native, in_batch_contrastive
 from livrec_fast.ops import contrastive
 
 native = pytest.mark.skipif(_native.MISSING is not None, reason=f"{_native.MISSING}")
@@ -131,6 +131,7 @@ class Spy:
     ("wants", "kept"),
     [
         ({}, 2**24),
+        ({"keep_products": False}, 0),
         ({"leaf": "temperature"}, 2**24),
         ({"leaf": None}, 0),
         ({"grad": False}, 0),
@@ -139,7 +140,7 @@ class Spy:
     ],
 )
 def test_who_keeps_them(wants, kept, monkeypatch):
-    """Who wants gradients, from the kernel."""
+    """Who asks for it and wants gradients, from the kernel."""
     spy = Spy()
     monkeypatch.setattr(contrastive, "_op", spy)
     dtype = wants.get("dtype", torch.float32)
@@ -149,9 +150,19 @@ def test_who_keeps_them(wants, kept, monkeypatch):
         leaves[leaf].requires_grad_()
     with torch.set_grad_enabled(wants.get("grad", True)):
         in_batch_contrastive(
-            key=torch.randn(48, 8, dtype=dtype), **leaves, backend=wants.get("backend", "auto")
-        )
+            key=torch.randn(48, 8, dtype=dtype), **leaves, backend=wants.get("backend", "auto"),
+            keep_products=wants.get("keep_products", True),
+        )  # fmt: skip
     assert spy.kept == kept
+
+
+@native
+def test_the_module_passes_it_on(monkeypatch):
+    spy = Spy()
+    monkeypatch.setattr(contrastive, "_op", spy)
+    for keeps in (False, True):
+        InBatchContrastive(keep_products=keeps)(torch.randn(9, 4), torch.randn(9, 4))
+        assert bool(spy.kept) == keeps
 
 
 def test_triton_keeps_none():

@@ -16,8 +16,6 @@ from ._contrastive_ranks import Group
 from ._key_rows import KeyRows, arguments, divide, joined
 from .cross_batch_queue import CrossBatchQueue
 
-_ENDLESS = (-math.inf, math.inf)
-
 
 class InBatchContrastive(nn.Module):
     r"""`in_batch_contrastive` with a temperature of its own, a queue, and negatives of all ranks.
@@ -74,6 +72,7 @@ class InBatchContrastive(nn.Module):
         false_negative_threshold: float | None = None,
         log_q_rule: str = "standard",
         precision: str | None = None,
+        keep_products: bool = False,
         reduction: str = "mean",
         queue: CrossBatchQueue | None = None,
         ranks: str = "own",
@@ -95,6 +94,7 @@ class InBatchContrastive(nn.Module):
             false_negative_threshold: of the cosine of pair vectors.
             log_q_rule: "standard" or "unsampled_positive".
             precision: None or "bf16".
+            keep_products: as of the op.
             reduction: "mean", "sum" or "none".
             queue: of past keys, which becomes part of this module.
             ranks: "own", the negatives of this process, or "gathered", those of all ranks.
@@ -106,8 +106,11 @@ class InBatchContrastive(nn.Module):
         Raises: TypeError, ValueError: what is wrong with which setting.
         """
         super().__init__()
-        self._range = _check_temperature(temperature, temperature_range)
-        checks.check_flags(learnable=learnable, normalize=normalize, symmetric=symmetric)
+        self._range = checks.log_range(temperature, temperature_range)
+        checks.check_flags(
+            learnable=learnable, normalize=normalize, symmetric=symmetric,
+            keep_products=keep_products,
+        )  # fmt: skip
         checks.check_threshold(false_negative_threshold)
         check_choice("log_q_rule", log_q_rule, checks.RULES)
         check_choice("precision", precision, checks.PRECISIONS)
@@ -118,6 +121,7 @@ class InBatchContrastive(nn.Module):
         self.normalize, self.symmetric = normalize, symmetric
         self.false_negative_threshold = false_negative_threshold
         self.log_q_rule, self.precision, self.reduction = log_q_rule, precision, reduction
+        self.keep_products = keep_products
         self.queue, self.ranks, self.group, self.backend = queue, ranks, group, backend
         start = torch.tensor(math.log(temperature), dtype=dtype or torch.float32, device=device)
         self.log_temperature = nn.Parameter(start, requires_grad=learnable)
@@ -220,14 +224,15 @@ class InBatchContrastive(nn.Module):
             given["precision"] = self.precision
         return in_batch_contrastive(
             query, key, temperature=temperature, normalize=self.normalize, reduction=reduction,
-            false_negative_threshold=self.false_negative_threshold, backend=self.backend, **given,
+            false_negative_threshold=self.false_negative_threshold,
+            keep_products=self.keep_products, backend=self.backend, **given,
         )  # fmt: skip
 
     def _temperature(self) -> Tensor:
         """Return T with its gradient; in training, put the parameter back into its range."""
         if not self.training:
             return self.temperature
-        if self._range != _ENDLESS:
+        if self._range != checks.ENDLESS:
             with torch.no_grad():
                 self.log_temperature.clamp_(*self._range)
         return self.log_temperature.exp()  # keeps no input that the next call may change
@@ -251,27 +256,6 @@ class InBatchContrastive(nn.Module):
             f"symmetric={self.symmetric}, reduction={self.reduction!r}, ranks={self.ranks!r}, "
             f"false_negative_threshold={self.false_negative_threshold}"
         )
-
-
-def _check_temperature(temperature: Any, limits: Any) -> tuple[float, float]:
-    """Check T and its range; return the logs of the range."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: must be a float, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: must be positive and finite, got {temperature}")
-    if limits is None:
-        return _ENDLESS
-    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
-        raise TypeError(f"temperature_range: must be a pair of floats or None, got {limits!r}")
-    low, high = (
-        given if limit is None else limit
-        for limit, given in zip(limits, (0, math.inf), strict=True)
-    )
-    if not 0 <= low <= temperature <= high:
-        raise ValueError(
-            f"temperature_range: must hold the temperature, {temperature}, got {limits!r}"
-        )
-    return math.log(low) if low > 0 else -math.inf, math.log(high)
 
 
 def _check(

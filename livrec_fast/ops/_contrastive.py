@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ WIDE = (torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 RULES = ("standard", "unsampled_positive")
 PRECISIONS = (None, "bf16")
+ENDLESS = (-math.inf, math.inf)
 _MOST_KEPT = 2**28  # pairs whose masks are kept as bits: 32 MiB
 
 
@@ -112,6 +114,27 @@ def as_tensor(temperature: Any, query: Tensor) -> Tensor:
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: must be positive and finite, got {temperature}")
     return query.new_full((), temperature, dtype=wide_dtype(query.dtype))
+
+
+def log_range(temperature: Any, limits: Any) -> tuple[float, float]:
+    """Check T and its range; return the logs of the range."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: must be a float, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: must be positive and finite, got {temperature}")
+    if limits is None:
+        return ENDLESS
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
+        raise TypeError(f"temperature_range: must be a pair of floats or None, got {limits!r}")
+    low, high = (
+        given if limit is None else limit
+        for limit, given in zip(limits, (0, math.inf), strict=True)
+    )
+    if not 0 <= low <= temperature <= high:
+        raise ValueError(
+            f"temperature_range: must hold the temperature, {temperature}, got {limits!r}"
+        )
+    return math.log(low) if low > 0 else -math.inf, math.log(high)
 
 
 def check_temperature(temperature: Tensor) -> None:

@@ -143,6 +143,7 @@ def in_batch_contrastive(
     valid: Tensor | None = None,
     extra_keys: Tensor | None = None,
     precision: str | None = None,
+    keep_products: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -189,6 +190,10 @@ def in_batch_contrastive(
             the levels avx512_bf16 and amx what the gradient multiplies them with; sums stay in
             float32.
             bfloat16 inputs take the same path, float64 stays as it is.
+        keep_products: where a gradient is wanted, the C++ kernel keeps the products of queries with
+            keys, of the first rows, 64 MiB at most: of all rows of B = 4,096, a quarter of the work
+            less. For processes that keep the memory that they free; where each step asks the system
+            for it anew, it costs as much as it saves, or more. The bits are the same.
         reduction: "mean" is sum(w_i loss_i) / sum(w_i) over valid rows, or 0 where sum(w_i) is 0;
             "sum" is sum(w_i loss_i); "none" is w_i loss_i, [B].
         backend: "auto", "native", "triton" or "reference".
@@ -213,13 +218,13 @@ def in_batch_contrastive(
     Workspace: of the C++ kernel 4 D' (2 B + E) bytes, with D' = D rounded up to an odd multiple of
     16, as much again in the gradient, and where it multiplies bfloat16; a bit per pair compared
     where these are at most 2^28 (false negatives are found anew in both passes where they are
-    more); where a gradient is wanted, 64 MiB at most for products that it need not compute again;
-    with a threshold 4 P' for each vector compared (P' as D'), unless these are the
-    normalised float32 queries themselves; and per thread about 512 (D + P) + 110,000 bytes. Of the
-    reference: about six float32 matrices and five boolean ones of B x (B + E), and as much again in
-    the gradient. Threads: one for every 256 keys, at most 32. The Triton kernels hold the units of
-    both sides, too, partial sums of at most 16 parts, and bits of pairs as above or at most 32 MiB
-    of them; they round weights to 16 bits where units are, but for the temperature's gradient.
+    more); the products, if kept; with a threshold 4 P' for each vector compared (P' as D'), unless
+    these are the normalised float32 queries themselves; and per thread about 512 (D + P) + 110,000
+    bytes. Of the reference: about six float32 matrices and five boolean ones of B x (B + E), and as
+    much again in the gradient. Threads: one for every 256 keys, at most 32. The Triton kernels hold
+    the units of both sides, too, partial sums of at most 16 parts, and bits of pairs as above or at
+    most 32 MiB of them; they round weights to 16 bits where units are, but for the temperature's
+    gradient.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or choice, or a
@@ -250,7 +255,7 @@ def in_batch_contrastive(
     checks.check_vector("valid", valid, (batch,), (torch.bool,))
     checks.check_pair_vectors(pair_vectors, (batch, keys))
     check_one_dtype(query=query, key=key, pair_vectors=pair_vectors, extra_keys=extra_keys)
-    checks.check_flags(normalize=normalize, symmetric=symmetric)
+    checks.check_flags(normalize=normalize, symmetric=symmetric, keep_products=keep_products)
     checks.check_rule(log_q_rule, log_q, group_ids)
     threshold = checks.check_threshold(false_negative_threshold)
     lowered = checks.precision_of(precision)
@@ -270,7 +275,8 @@ def in_batch_contrastive(
         kept,
     )  # fmt: skip
     after = (log_q, log_q_rule, valid, extra_keys, lowered)
-    products = checks.products_kept(query, key, scale, log_q, extra_keys)
+    wanted = (query, key, scale, log_q, extra_keys)
+    products = checks.products_kept(*wanted) if keep_products else 0
     if products and _op.choose((*before, 0, *after), backend) != "native":
         products = 0
     losses, _, _, _ = _op(*before, products, *after, backend=backend)
