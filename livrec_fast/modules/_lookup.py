@@ -56,7 +56,8 @@ class Lookup:
         """
         how = (self.mode, offsets, self.pool, self.hashing, self.groups, packed)
         step = (rule, lr, eps, seeds)
-        update(tables, states, grad, codes, self.levels, *how, *step, backend=self.backend)
+        given = (tables, states, grad.detach(), codes, self.levels)
+        update(*given, *how, *step, backend=self.backend)
         increment_version(tables)  # graphs that saved one must not use it now
 
     def updates_in_one_pass(self, grad: Tensor, codes: Tensor, tables: Sequence[Tensor]) -> bool:
