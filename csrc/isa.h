@@ -1,8 +1,8 @@
 // Instruction-set levels: every `<op>_cpu.cpp` is compiled once per level, in a namespace of that
 // name, and the level is chosen when an op runs. What a level adds to the one below it may be of
-// use to few: only these have kernels there (setup.py: LEVELS), of others those below run. Objects
-// of a level hold no weak symbols: an inline function compiled with AVX-512 must never be the copy
-// that the linker keeps for everybody.
+// use to few: only these have kernels there (setup.py: CPU_KERNELS), of others those below run.
+// Objects of a level hold no weak symbols: an inline function compiled with AVX-512 must never be
+// the copy that the linker keeps for everybody.
 #pragma once
 
 namespace livrec {
@@ -36,37 +36,37 @@ bool reaches(Isa level);
   namespace level {                                        \
   result name parameters;                                  \
   }
-#define LIVREC_CALL_AT(level, name, ...) \
-  livrec::reaches(livrec::Isa::level) ? livrec::level::name(__VA_ARGS__)
+#define LIVREC_CALL_AT(level, name, arguments, otherwise) \
+  (livrec::reaches(livrec::Isa::level) ? livrec::level::name arguments : otherwise)
 
 #if defined(__x86_64__)
 #define LIVREC_DECLARE(result, name, parameters)        \
   LIVREC_DECLARE_AT(baseline, result, name, parameters) \
   LIVREC_DECLARE_AT(avx2, result, name, parameters)     \
   LIVREC_DECLARE_AT(avx512, result, name, parameters)
-#define LIVREC_CALL(name, ...)                                 \
-  (LIVREC_CALL_AT(avx512, name, __VA_ARGS__) : LIVREC_CALL_AT( \
-      avx2, name, __VA_ARGS__) : livrec::baseline::name(__VA_ARGS__))
+#define LIVREC_CALL(name, ...)                \
+  LIVREC_CALL_AT(avx512, name, (__VA_ARGS__), \
+                 LIVREC_CALL_AT(avx2, name, (__VA_ARGS__), livrec::baseline::name(__VA_ARGS__)))
 
 #define LIVREC_DECLARE_VNNI(result, name, parameters) \
   LIVREC_DECLARE(result, name, parameters)            \
   LIVREC_DECLARE_AT(avx512_vnni, result, name, parameters)
 #define LIVREC_CALL_VNNI(name, ...) \
-  (LIVREC_CALL_AT(avx512_vnni, name, __VA_ARGS__) : LIVREC_CALL(name, __VA_ARGS__))
+  LIVREC_CALL_AT(avx512_vnni, name, (__VA_ARGS__), LIVREC_CALL(name, __VA_ARGS__))
 
 #define LIVREC_DECLARE_BF16(result, name, parameters) \
   LIVREC_DECLARE(result, name, parameters)            \
   LIVREC_DECLARE_AT(avx512_bf16, result, name, parameters)
 #define LIVREC_CALL_BF16(name, ...) \
-  (LIVREC_CALL_AT(avx512_bf16, name, __VA_ARGS__) : LIVREC_CALL(name, __VA_ARGS__))
+  LIVREC_CALL_AT(avx512_bf16, name, (__VA_ARGS__), LIVREC_CALL(name, __VA_ARGS__))
 
 #define LIVREC_DECLARE_AMX(result, name, parameters) \
   LIVREC_DECLARE_BF16(result, name, parameters)      \
   LIVREC_DECLARE_AT(amx, result, name, parameters)   \
   LIVREC_DECLARE_AT(amx_emulated, result, name, parameters)
-#define LIVREC_CALL_AMX(name, ...)                                   \
-  (LIVREC_CALL_AT(amx_emulated, name, __VA_ARGS__) : LIVREC_CALL_AT( \
-      amx, name, __VA_ARGS__) : LIVREC_CALL_BF16(name, __VA_ARGS__))
+#define LIVREC_CALL_AMX(name, ...)                  \
+  LIVREC_CALL_AT(amx_emulated, name, (__VA_ARGS__), \
+                 LIVREC_CALL_AT(amx, name, (__VA_ARGS__), LIVREC_CALL_BF16(name, __VA_ARGS__)))
 #else
 #define LIVREC_DECLARE(result, name, parameters) \
   LIVREC_DECLARE_AT(baseline, result, name, parameters)

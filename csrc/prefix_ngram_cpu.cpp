@@ -95,17 +95,8 @@ void copy_column(const Column& column, char* out, int64_t apart) {
 
 template <bool kPast>
 void copy_column(const Column& column, char* out, int64_t apart) {
-  constexpr int64_t kVector = kLanes * 4;
-  switch (column.bytes % kVector == 0 ? column.bytes / kVector : 0) {
-    case 1:
-      return copy_column<1, kPast>(column, out, apart);
-    case 2:
-      return copy_column<2, kPast>(column, out, apart);
-    case 4:
-      return copy_column<4, kPast>(column, out, apart);
-    default:
-      return copy_column<0, kPast>(column, out, apart);
-  }
+  by_vectors(column.bytes % 4 == 0 ? column.bytes / 4 : 1,
+             [&](auto vectors) { copy_column<vectors.value, kPast>(column, out, apart); });
 }
 
 // Side by side, nothing to add: block after block, level by level.

@@ -53,6 +53,8 @@ LIVREC_INLINE void by_vectors(int64_t size, const Go& go) {
       return go(Known<2>());
     case 4:
       return go(Known<4>());
+    case 8:
+      return go(Known<8>());
     default:
       return go(Known<0>());
   }
