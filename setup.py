@@ -161,7 +161,8 @@ def extension():
     sources = [CSRC / "module.cpp", *sorted(CSRC.glob("*_torch.cpp"))]
     macros = [("TORCH_TARGET_VERSION", TARGET)]
     flags = {"cxx": ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]}
-    if "-g" not in os.environ.get("CFLAGS", ""):  # what Python was built with would ask for it
+    given = os.environ.get("CFLAGS", "").split()
+    if not any(flag.startswith("-g") for flag in given):  # what Python was built with asks for it
         flags["cxx"].append("-g0")
     make = cpp_extension.CppExtension
     if wants_cuda():

@@ -62,12 +62,6 @@ LIVREC_INLINE void add(const float* from, int64_t dim, float* to) {
   for (; d < dim; ++d) to[d] += from[d];
 }
 
-LIVREC_INLINE void sum_up(const float* a, const float* b, int64_t dim, float* to) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(a + d) + load(b + d));
-  for (; d < dim; ++d) to[d] = a[d] + b[d];
-}
-
 LIVREC_INLINE void copy(const float* from, int64_t dim, float* to) {
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));

@@ -172,14 +172,18 @@ def test_triton_keeps_none():
 
 
 @native
-def test_the_gradient_checks_what_it_is_given():
-    args, leaves = arguments({"B": 20, "D": 8, "E": 0})
+def test_the_gradient_takes_them_and_checks_them():
+    args, leaves = arguments({"B": 20, "D": 8, "E": 0}, **PLAIN)
     args[AT] = 2**24
     outputs = [*SUBJECT.op.operator("native")(*args)]
     backward = torch.ops.livrec.in_batch_contrastive_backward.native
     needs = [at in leaves for at, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
     grads = [torch.ones(20), None, None, None]
-    assert backward(grads, *args, outputs, needs)[0].any()
+    found = backward(grads, *args, outputs, needs)[0]
+    changed = outputs[3].clone()
+    changed[7] += 0.5  # of one row: its own gradient is another
+    other = backward(grads, *args, [*outputs[:3], changed], needs)[0]
+    assert [i for i in range(20) if not torch.equal(found[i], other[i])] == [7]
     for wrong in (torch.ones(20, 19), outputs[3].double()):
         with pytest.raises(RuntimeError, match="outputs: products must be as the forward pass"):
             backward(grads, *args, [*outputs[:3], wrong], needs)

@@ -191,9 +191,9 @@ def in_batch_contrastive(
             float32.
             bfloat16 inputs take the same path, float64 stays as it is.
         keep_products: where a gradient is wanted, the C++ kernel keeps the products of queries with
-            keys, of the first rows, 64 MiB at most: of all rows of B = 4,096, a quarter of the work
-            less. For processes that keep the memory that they free; where each step asks the system
-            for it anew, it costs as much as it saves, or more. The bits are the same.
+            keys, of the first rows, 64 MiB at most (all rows of B = 4,096): of four matrix products
+            one less. For processes that keep the memory that they free; where each step asks the
+            system for it anew, it costs as much as it saves, or more. The bits are the same.
         reduction: "mean" is sum(w_i loss_i) / sum(w_i) over valid rows, or 0 where sum(w_i) is 0;
             "sum" is sum(w_i loss_i); "none" is w_i loss_i, [B].
         backend: "auto", "native", "triton" or "reference".
